@@ -16,34 +16,44 @@ struct JpegInfo {
   int width = 0, height = 0, components = 0;
 };
 
-// Reads the header alone. Throws codes::kData for anything that is not a JPEG.
+// Reads the header alone. Throws codes::kData for anything that is not a JPEG (and names what it
+// is), a damaged header, and more than 4096 x 4096 pixels.
 JpegInfo read_jpeg_info(std::span<const uint8_t> jpeg, const std::string& what);
 
-// Decodes one 112x112 JPEG to RGB [112, 112, 3]. Every warning of libjpeg (a truncated or damaged
-// file) is an error, as is another size. `what` names the image in the message.
+// Decodes one 112x112 JPEG to RGB [112, 112, 3]; grey is expanded. Throws codes::kData for every
+// warning of libjpeg (a truncated or damaged file), another size, and CMYK. `what` names the image
+// in the message: "The <what> is ...".
 void decode_jpeg(std::span<const uint8_t> jpeg, const std::string& what, uint8_t* pixels);
 
 struct RingSpec {
-  std::vector<int64_t> images;   // indices into the RecordFile that take part
-  std::vector<int32_t> labels;   // class of each of them
+  std::vector<int64_t> images;  // indices into the RecordFile that take part
+  std::vector<int32_t> labels;  // class of each of them, from 0
   int64_t batch = 64;
   uint64_t seed = 1;
-  bool mirror = true;            // flip half of the images
-  int crop = 0;                  // shift by up to this many pixels each way
-  int threads = 1;               // decoders
-  int slots = 4;                 // batches held
+  bool mirror = true;  // flip half of the images
+  int crop = 0;        // shift by up to this many pixels each way: 0 to 56
+  int threads = 1;     // decoders: 1 to 256, of low priority
+  int slots = 4;       // batches held: 4 to 1024, two of them the consumer's
 };
 
-// Epoch e (from 1) is the seeded permutation of RingSpec::images, floor(n / batch) batches; the rest
-// is dropped. Mirror and shift depend on (seed, epoch, image) alone.
+// Epoch e (from 1) is the seeded permutation of RingSpec::images, floor(n / batch) batches; the
+// rest is dropped. Mirror and shift depend on (seed, epoch, image) alone, image being the index in
+// the RecordFile. Epochs follow each other without end.
+//
+// next() throws a damaged image's error (file, key, byte, label) when the turn of its batch comes,
+// and again at every further call until seek() goes past it; codes::kAborted when the ring is
+// destroyed while it waits. next() and seek() are called from one thread; the destructor may be
+// called from another.
 class BatchRing : public BatchSource {
  public:
+  // Throws codes::kInput for a setting out of range, codes::kData for fewer images than a batch.
   static std::unique_ptr<BatchRing> make(std::shared_ptr<const RecordFile> records, RingSpec spec,
                                          std::unique_ptr<HostAllocator> allocator);
   // The next batch given out is number `step` (from 0) of `epoch` (from 1).
   virtual void seek(int64_t epoch, int64_t step) = 0;
   virtual int64_t steps_per_epoch() const = 0;
-  // Total time next() has waited for decoders, in milliseconds: 0 when input is never the bottleneck.
+  // Total time next() has waited for decoders, in milliseconds, the first batch's included; it does
+  // not grow while input is not the bottleneck. May be asked from any thread.
   virtual double waited_ms() const = 0;
 };
 

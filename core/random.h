@@ -32,10 +32,12 @@ inline double random_normal(uint64_t seed, uint64_t stream, uint64_t index) {
   return std::sqrt(-2.0 * std::log(u)) * std::cos(6.283185307179586 * v);
 }
 
+__extension__ using Uint128 = unsigned __int128;  // GCC's and nvcc's; not of ISO C++
+
 // Uniform integer in [0, bound) by the multiply-shift of Lemire (2019); the bias, below
 // bound / 2^64, is smaller than any run could see.
 constexpr uint64_t random_below(uint64_t bits, uint64_t bound) {
-  return static_cast<uint64_t>((static_cast<unsigned __int128>(bits) * bound) >> 64);
+  return static_cast<uint64_t>((static_cast<Uint128>(bits) * bound) >> 64);
 }
 
 // FNV-1a of a name: the stream of a named parameter.

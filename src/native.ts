@@ -1,7 +1,18 @@
 /**
  * The typed contract of the native addons, and the loader that picks one and explains every failure.
  * Nothing but this file knows where a .node file lies.
+ *
+ * Calls that return a promise never throw, they reject; the others throw. Both give HardmineError:
+ * ERR_INPUT for an argument of the wrong type, length or range, ERR_DISPOSED after dispose(),
+ * ERR_DEVICE_OOM when memory runs out. Typed arrays passed in are copied before the call returns, so
+ * the caller may change or transfer them at once; those handed out belong to the caller. Calls on one
+ * handle run in the order in which they were made, each handle on a native thread of its own. Pending
+ * calls keep the process alive, handles do not.
  */
+import { existsSync } from 'node:fs';
+import { constants } from 'node:os';
+import { fileURLToPath } from 'node:url';
+import { HardmineError } from './errors.js';
 
 export type Precision = 'fp32' | 'bf16' | 'fp16';
 export type Implementation = 'fused' | 'unfused';
@@ -99,9 +110,12 @@ export interface NativeDevice {
   details: Record<string, string>;
 }
 
-/** Native handles: every method rejects with ERR_DISPOSED after dispose(), which may be called twice. */
+/** Native handles: every method fails with ERR_DISPOSED after dispose(), which may be called twice. */
 interface NativeHandle {
-  /** Stops work under way at the next step, frees the memory, resolves when done. */
+  /**
+   * Stops work under way at the next step, frees the memory, resolves when done. Calls that are still
+   * pending reject with ERR_DISPOSED.
+   */
   dispose(): Promise<void>;
 }
 
@@ -126,14 +140,21 @@ export interface NativeHead extends NativeHandle {
   ): Promise<{ stats: NativeStepStats; gradEmbeddings: Float32Array }>;
   peakExtraBytes(): Promise<number>;
   /** Runs one of 'forwardBackward' | 'step' | 'products' `repeats` times on fixed buffers of `rows` rows; milliseconds each. */
-  time(what: 'forwardBackward' | 'step' | 'products', rows: number, repeats: number): Promise<Float64Array>;
+  time(
+    what: 'forwardBackward' | 'step' | 'products',
+    rows: number,
+    repeats: number,
+  ): Promise<Float64Array>;
 }
 
 export interface NativeSession extends NativeHandle {
   readonly tensors: NativeTensor[];
-  /** Trains settings.length steps; fewer when cancelled. */
+  /**
+   * Trains settings.length steps; fewer when cancelled. Rejects with ERR_BUSY while another call uses
+   * `batches`; disposing `batches` meanwhile is safe, its memory goes when this call ends.
+   */
   train(batches: NativeBatches, settings: NativeStepSettings[]): Promise<NativeStepStats[]>;
-  /** Makes a train() under way return after the present step. */
+  /** Makes every pending train() return after the present step with what it has done. */
   cancel(): void;
   embed(images: Uint8Array, mirror: boolean): Promise<Float32Array>;
   read(name: string): Promise<Float32Array>;
@@ -208,4 +229,182 @@ export interface NativeAddon {
   openRecords(recPath: string, idxPath: string): Promise<NativeRecords>;
   /** Header of a JPEG: throws ERR_DATA for anything else. */
   readJpegInfo(jpeg: Uint8Array): { width: number; height: number; components: number };
+}
+
+/** A device as a user asks for it. */
+export interface DeviceRequest {
+  /** 'auto', 'cpu', 'cuda' or 'cuda:N'. */
+  device: string;
+  /** Left out: the device's fastest. */
+  precision?: Precision;
+  /** 0 or left out: physical cores. */
+  threads?: number;
+  deterministic?: boolean;
+}
+
+export interface ChosenDevice {
+  addon: NativeAddon;
+  execution: NativeExecution;
+  /** One sentence for people: which device was taken and why. */
+  why: string;
+}
+
+type Backend = NativeAddon['backend'];
+
+/** The package's own folder: this file lies one below it, in src/ as in dist/. */
+const ROOT = fileURLToPath(new URL('..', import.meta.url));
+
+const REBUILD = `run \`npm run build\` in ${ROOT}`;
+
+/** The oldest Node-API version that has all the calls of the addons (CMakeLists.txt: NAPI_VERSION). */
+const NODE_API = 9;
+
+/** Shared libraries that the addons need, by the start of their file names, and Debian's packages. */
+const LIBRARIES: readonly [prefix: string, packages: string][] = [
+  ['libdnnl', 'libdnnl-dev'],
+  ['libjpeg', 'libjpeg-dev'],
+  ['libgomp', 'libgomp1'],
+  ['libstdc++', 'libstdc++6'],
+];
+
+const loaded = new Map<Backend, NativeAddon>();
+
+function addonPath(backend: Backend): string {
+  return `${ROOT}build/Release/hardmine_${backend}.node`;
+}
+
+/**
+ * The addon of a backend, loaded once per thread.
+ *
+ * @throws HardmineError ERR_ADDON that names the platform, what was tried, what went wrong and the
+ *   command that mends it.
+ */
+export function loadAddon(backend: Backend): NativeAddon {
+  const present = loaded.get(backend);
+  if (present !== undefined) return present;
+  const path = addonPath(backend);
+  const module: { exports: unknown } = { exports: {} };
+  // libgomp reads this once, when the addon brings it in. Its default lets a thread that waits for
+  // its team spin for milliseconds, which on a machine with other work takes the core from the very
+  // thread it waits for. A user's own setting stands.
+  if (process.env['OMP_WAIT_POLICY'] === undefined) process.env['GOMP_SPINCOUNT'] ??= '1000';
+  try {
+    if (!existsSync(path)) throw new Error('there is no such file');
+    // RTLD_NOW: a symbol that is missing is found here, not in the middle of training.
+    process.dlopen(module, path, constants.dlopen.RTLD_NOW);
+  } catch (cause) {
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    throw new HardmineError('ERR_ADDON', explainFailure(backend, path, reason), { cause });
+  }
+  const addon = module.exports as NativeAddon & { setErrorClass(type: unknown): void };
+  addon.setErrorClass(HardmineError);
+  loaded.set(backend, addon);
+  return addon;
+}
+
+function explainFailure(backend: Backend, path: string, reason: string): string {
+  return (
+    `The native addon hardmine_${backend}.node could not be loaded on ${describePlatform()}: ` +
+    `tried ${path}: ${reason.replace(`${path}: `, '')}. To mend it, ${mend(reason)}.`
+  );
+}
+
+function describePlatform(): string {
+  const { report, platform, arch, versions } = process;
+  const header = (report.getReport() as { header?: { glibcVersionRuntime?: string } }).header;
+  const glibc = header?.glibcVersionRuntime;
+  const libc = platform !== 'linux' ? '' : glibc === undefined ? ', musl libc' : `, glibc ${glibc}`;
+  return `${platform}-${arch} (Node ${versions.node}, Node-API ${versions.napi}${libc})`;
+}
+
+function mend(reason: string): string {
+  if (Number(process.versions.napi) < NODE_API) {
+    return `install Node 20.19 or newer (Node-API ${NODE_API} is needed)`;
+  }
+  if (reason.includes('no such file')) return REBUILD;
+  if (reason.includes('loading addons is disabled')) return 'start node without --no-addons';
+  const missing = /(lib[\w+.-]+\.so[\w.]*): cannot open shared object file/.exec(reason)?.[1];
+  if (missing !== undefined) {
+    const known = LIBRARIES.find(([prefix]) => missing.startsWith(prefix));
+    const install =
+      known === undefined
+        ? `install the package that holds ${missing}`
+        : `run \`sudo apt-get install ${known[1]}\` (it holds ${missing})`;
+    return `${install}; if its version differs from the one built with, then ${REBUILD}`;
+  }
+  // Built elsewhere or from other sources: another C library, processor or version of a library.
+  return `${REBUILD}, which builds it for this machine`;
+}
+
+/**
+ * Chooses where to compute: 'auto' takes the first CUDA device where the CUDA addon is built and
+ * finds one, else the CPU.
+ *
+ * @throws HardmineError ERR_CONFIG for a name that is no device, ERR_DEVICE_UNAVAILABLE for one that
+ *   is not there, ERR_ADDON when the addon does not load.
+ */
+export function chooseDevice(request: DeviceRequest): ChosenDevice {
+  const { backend, ordinal, why } = resolveDevice(request.device);
+  const addon = loadAddon(backend);
+  const found = addon.devices();
+  const device = found[ordinal];
+  if (device === undefined) {
+    throw new HardmineError(
+      'ERR_DEVICE_UNAVAILABLE',
+      `Device ${request.device} was asked for but ${backend} has ${found.length} device(s): ` +
+        `${found.length === 0 ? 'use --device cpu' : `count from 0 to ${found.length - 1}`}.`,
+    );
+  }
+  const {
+    precision = device.precisions[0] ?? 'fp32',
+    threads = 0,
+    deterministic = false,
+  } = request;
+  return { addon, execution: { device: ordinal, precision, threads, deterministic }, why };
+}
+
+function resolveDevice(name: string): { backend: Backend; ordinal: number; why: string } {
+  if (name === 'auto') return chooseAutomatically();
+  if (name === 'cpu') return { backend: 'cpu', ordinal: 0, why: 'The CPU was asked for.' };
+  const cuda = /^cuda(?::(\d{1,4}))?$/.exec(name);
+  if (cuda === null) {
+    throw new HardmineError(
+      'ERR_CONFIG',
+      `Device '${name}' is not known: use auto, cpu, cuda or cuda:N with N counted from 0.`,
+    );
+  }
+  if (!existsSync(addonPath('cuda'))) {
+    throw new HardmineError(
+      'ERR_DEVICE_UNAVAILABLE',
+      `Device ${name} was asked for but this installation has no CUDA addon ` +
+        `(${addonPath('cuda')} is not there): use --device cpu, or leave the option out.`,
+    );
+  }
+  return { backend: 'cuda', ordinal: Number(cuda[1] ?? 0), why: `Device ${name} was asked for.` };
+}
+
+function chooseAutomatically(): { backend: Backend; ordinal: number; why: string } {
+  const cpu = (why: string) => ({ backend: 'cpu' as const, ordinal: 0, why });
+  if (!existsSync(addonPath('cuda'))) {
+    // Where the driver of NVIDIA's kernel module says that it is there.
+    const gpu = existsSync('/proc/driver/nvidia/version');
+    return cpu(
+      gpu
+        ? 'The CPU, because this installation has no CUDA addon, though the machine has an NVIDIA driver.'
+        : 'The CPU, because this machine has no NVIDIA driver.',
+    );
+  }
+  try {
+    const device = loadAddon('cuda').devices()[0];
+    if (device === undefined) return cpu('The CPU, because CUDA found no usable GPU.');
+    return { backend: 'cuda', ordinal: 0, why: `CUDA found ${device.name}.` };
+  } catch (error) {
+    const reason = error instanceof Error ? error.message : String(error);
+    return cpu(`The CPU, because CUDA cannot be used here: ${reason}`);
+  }
+}
+
+/** The backends of this installation, the preferred one first: the CPU always, CUDA where it is built. */
+export function backends(): Backend[] {
+  return existsSync(addonPath('cuda')) ? ['cuda', 'cpu'] : ['cpu'];
 }

@@ -1,0 +1,89 @@
+#include <limits>
+
+#include "binding/batches.h"
+#include "binding/handles.h"
+#include "binding/network_handle.h"
+
+namespace hardmine::binding {
+namespace {
+
+class Session : public NetworkHandle<TrainingSession> {
+ public:
+  static constexpr napi_type_tag kTag = {0xC6093D5B1F8E4A72, 0x9F27E0A4B85D6C31};
+  static constexpr const char* kKind = "session handle";
+  using NetworkHandle::NetworkHandle;
+
+  Napi::Value train(const Napi::CallbackInfo& info);
+  Napi::Value cancel(const Napi::CallbackInfo& info);
+};
+
+Napi::Value Session::train(const Napi::CallbackInfo& info) {
+  struct Steps {
+    std::vector<StepSettings> settings;
+    std::vector<StepStats> stats;
+    int64_t done = 0;
+  };
+  auto& batches = unwrap<Batches>(info[0], "batches");
+  if (!info[1].IsArray()) refuse("settings", "an Array", info[1]);
+  const auto settings = info[1].As<Napi::Array>();
+  const auto steps = std::make_shared<Steps>();
+  for (uint32_t i = 0; i < settings.Length(); ++i) {
+    steps->settings.push_back(to_step_settings(settings[i], "settings[" + std::to_string(i) + "]"));
+  }
+  steps->stats.resize(steps->settings.size());
+  const auto use = batches.use("session.train");
+  return submit(
+      info, "session.train",
+      [slot = slot(), steps, use](const std::atomic<bool>& cancelled) {
+        steps->done = slot->object->network->train(**use, steps->settings, steps->stats, cancelled);
+        use->finish();
+      },
+      [steps](Napi::Env env) -> Napi::Value {
+        const auto array = Napi::Array::New(env, static_cast<size_t>(steps->done));
+        for (uint32_t i = 0; i < array.Length(); ++i)
+          array.Set(i, from_stats(env, steps->stats[i]));
+        return array;
+      },
+      true);
+}
+
+Napi::Value Session::cancel(const Napi::CallbackInfo& info) {
+  require_open("session.cancel");
+  worker().stop_jobs();
+  return info.Env().Undefined();
+}
+
+}  // namespace
+
+Napi::Value create_session(const Napi::CallbackInfo& info) {
+  const Members members(info[0], "spec");
+  SessionSpec spec;
+  spec.network = to_network(members.value("network"), members.name("network"));
+  spec.head.classes = members.integer("classes", 1, kMostClasses);
+  spec.head.dim = spec.network.embedding;
+  spec.head.loss = to_loss(members.members("loss"));
+  spec.head.implementation = to_implementation(members);
+  spec.batch = members.integer("batch", 1, std::numeric_limits<int32_t>::max());
+  spec.seed = static_cast<uint64_t>(members.integer("seed", 0, kMaxSafeInteger));
+  const Execution execution = to_execution(info[1]);
+
+  using Owned = OwnedNetwork<TrainingSession>;
+  const auto make = [spec, execution] {
+    auto owned = std::make_shared<Owned>();
+    owned->backend = make_backend();
+    owned->network = owned->backend->make_session(spec, execution);
+    return owned;
+  };
+  const auto present = [embedding = spec.network.embedding](
+                           Napi::Env env, std::shared_ptr<Worker> worker,
+                           const std::shared_ptr<Slot<Owned>>& slot) -> Napi::Value {
+    const auto object =
+        wrap_network(env, std::make_unique<Session>(env, std::move(worker), slot, embedding));
+    define_method<rejecting<method<Session, &Session::train>>>(object, "train");
+    define_method<throwing<method<Session, &Session::cancel>>>(object, "cancel");
+    return object;
+  };
+  return create<Owned>(info.Env(), "createSession", make, present);
+}
+
+}  // namespace hardmine::binding

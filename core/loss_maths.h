@@ -1,0 +1,185 @@
+// The maths of the losses, once, for every backend: it compiles under g++ and nvcc and is templated
+// on the number type, so that kernels run it in float and tests in double. Everything here is
+// called once a row (the target's column, the row's loss), never once a logit.
+//
+// Sources: hard mining is the paper's Equation 2 and Algorithm 1; psi is SphereFace's (Liu et al.
+// 2017) extended to m1 theta + m2 (ArcFace, Deng et al. 2019) and to m3 (CosFace, Wang et al.
+// 2018).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <span>
+
+#include "core/loss.h"
+
+#ifdef __CUDACC__
+#define HARDMINE_HD __host__ __device__
+#else
+#define HARDMINE_HD
+#endif
+
+namespace hardmine {
+
+// 1 / (1 + e^-x), split by sign so that no exponential overflows.
+template <typename T>
+HARDMINE_HD T sigmoid(T x) {
+  if (x >= T(0)) return T(1) / (T(1) + std::exp(-x));
+  const T e = std::exp(x);
+  return e / (T(1) + e);
+}
+
+// ---- The weighting of a row's loss ----
+
+// A row's loss L after the weighting: HM(L) and dHM/dL, which multiplies the row's gradient.
+template <typename T>
+struct WeightedLoss {
+  T weighted;
+  T gradient_weight;
+};
+
+// HM(L) / L = c g(L) with g(L) = sigmoid(A (beta L - B)) and c = alpha (Equation 2) or alpha beta
+// (Algorithm 1, whose x is already beta L). 1 without a weighting.
+template <typename T>
+HARDMINE_HD T weighting_ratio(T loss, const Weighting& weighting) {
+  if (weighting.kind == WeightingKind::none) return T(1);
+  const T beta = T(weighting.beta);
+  const T c =
+      weighting.form == HardMiningForm::equation ? T(weighting.alpha) : T(weighting.alpha) * beta;
+  return c * sigmoid(T(weighting.A) * (beta * loss - T(weighting.B)));
+}
+
+// HM(L) = c L g and dHM/dL = c [g + beta A L g (1 - g)]. The reduction plays no part: `loss` is one
+// row's loss, or the mean of a batch.
+template <typename T>
+HARDMINE_HD WeightedLoss<T> weight_loss(T loss, const Weighting& weighting) {
+  if (weighting.kind == WeightingKind::none) return {loss, T(1)};
+  const T beta = T(weighting.beta), A = T(weighting.A);
+  const T c =
+      weighting.form == HardMiningForm::equation ? T(weighting.alpha) : T(weighting.alpha) * beta;
+  const T x = A * (beta * loss - T(weighting.B));
+  const T g = sigmoid(x);
+  return {c * loss * g,
+          c * (g + beta * A * loss * g * sigmoid(-x))};  // sigmoid(-x) is 1 - g, exactly
+}
+
+// The weighting over a whole batch; all spans have one element a row. Reduction::sample weighs each
+// loss by itself. Reduction::batch is the paper read literally: HM of the mean loss, so every row's
+// gradient weight is dHM/dL at the mean, and weighted[i] = L_i HM(mean) / mean (their mean is
+// HM(mean)).
+inline void weight_losses(std::span<const double> losses, const Weighting& weighting,
+                          std::span<double> weighted, std::span<double> gradient_weight) {
+  if (weighting.reduction == Reduction::sample) {
+    for (size_t i = 0; i < losses.size(); ++i) {
+      const WeightedLoss<double> row = weight_loss(losses[i], weighting);
+      weighted[i] = row.weighted;
+      gradient_weight[i] = row.gradient_weight;
+    }
+    return;
+  }
+  double mean = 0;
+  for (const double loss : losses) mean += loss;
+  mean /= static_cast<double>(losses.size());
+  const double ratio = weighting_ratio(mean, weighting);
+  const double factor = weight_loss(mean, weighting).gradient_weight;
+  for (size_t i = 0; i < losses.size(); ++i) {
+    weighted[i] = losses[i] * ratio;
+    gradient_weight[i] = factor;
+  }
+}
+
+// What the weighting does to a row's gradient, for the step's statistics.
+enum class Gate : uint8_t { silenced, kept, amplified };
+
+template <typename T>
+HARDMINE_HD Gate gate_of(T gradient_weight) {
+  if (gradient_weight < T(0.1)) return Gate::silenced;
+  return gradient_weight > T(1) ? Gate::amplified : Gate::kept;
+}
+
+// ---- The margin at the target's column ----
+
+// The target's cosine after the margin, before the scale, and its derivative by the cosine.
+template <typename T>
+struct MarginValue {
+  T value;
+  T derivative;
+};
+
+// The law with its margin grown to the share `factor` of [0, 1] (warm-up of the margin).
+HARDMINE_HD inline MarginLaw warmed_up(MarginLaw law, double factor) {
+  law.m1 = 1 + (law.m1 - 1) * factor;
+  law.m2 *= factor;
+  law.m3 *= factor;
+  return law;
+}
+
+// psi(cos) = (-1)^k cos(phi) - 2k - m3 with phi = m1 acos(cos) + m2 and k = floor(phi / pi) when
+// `mirror` (monotone and continuous beyond pi), else k = 0: the formula as printed. Mixed with the
+// plain cosine as (lambda cos + psi) / (1 + lambda). d psi / d cos = (-1)^k m1 sin(phi) /
+// sin(theta) diverges at |cos| = 1, so the derivative alone, not the value, is taken at cos clamped
+// to
+// +-(1 - 1e-7); detached, it is 1.
+template <typename T>
+HARDMINE_HD MarginValue<T> margin_target(T cosine, const MarginLaw& law) {
+  const T pi = T(3.14159265358979323846);
+  const T m1 = T(law.m1), m2 = T(law.m2), m3 = T(law.m3), lambda = T(law.lambda);
+  MarginValue<T> psi{cosine - m3, T(1)};
+  if (m1 != T(1) || m2 != T(0)) {
+    const T inside = cosine > T(1)    ? T(1)
+                     : cosine < T(-1) ? T(-1)
+                                      : cosine;  // rounding may leave it
+    const T phi = m1 * std::acos(inside) + m2;
+    const T k = law.mirror ? std::floor(phi / pi) : T(0);
+    const T sign = std::fmod(k, T(2)) == T(0) ? T(1) : T(-1);
+    psi.value = sign * std::cos(phi) - T(2) * k - m3;
+    if (!law.detached) {
+      const T limit = T(1) - T(1e-7);
+      const T c = cosine > limit ? limit : cosine < -limit ? -limit : cosine;
+      const T theta = std::acos(c);
+      const T phi_c = m1 * theta + m2;
+      const T k_c = law.mirror ? std::floor(phi_c / pi) : T(0);
+      const T sign_c = std::fmod(k_c, T(2)) == T(0) ? T(1) : T(-1);
+      psi.derivative = sign_c * m1 * std::sin(phi_c) / std::sin(theta);
+    }
+  }
+  return {(lambda * cosine + psi.value) / (T(1) + lambda),
+          (lambda + psi.derivative) / (T(1) + lambda)};
+}
+
+// ---- Softmax over classes in parts ----
+
+// max and sum of e^(z - max) over some logits; the default is that of no logits. Finite instead of
+// -infinity so that merging two empty parts gives no NaN.
+template <typename T>
+struct SoftmaxSum {
+  T max = std::numeric_limits<T>::lowest();
+  T sum = T(0);
+};
+
+template <typename T>
+HARDMINE_HD SoftmaxSum<T> merge(const SoftmaxSum<T>& a, const SoftmaxSum<T>& b) {
+  const T max = a.max > b.max ? a.max : b.max;
+  return {max, a.sum * std::exp(a.max - max) + b.sum * std::exp(b.max - max)};
+}
+
+// Cross-entropy of a row and its derivative by the target's logit, from the target's logit and the
+// softmax sum of all the other classes: with d = max + ln sum - target, L = ln(1 + e^d) and
+// dL/dtarget = -sigmoid(d) = p - 1. Nothing cancels and nothing is clamped: L stays exact to the
+// last bits from 1e-30 to thousands.
+template <typename T>
+struct TargetLoss {
+  T loss;
+  T derivative;
+};
+
+template <typename T>
+HARDMINE_HD TargetLoss<T> target_loss(T target, const SoftmaxSum<T>& others) {
+  if (others.sum == T(0)) return {T(0), T(0)};  // the only class
+  const T d = others.max + std::log(others.sum) - target;
+  const T loss = d > T(0) ? d + std::log1p(std::exp(-d)) : std::log1p(std::exp(d));
+  return {loss, -sigmoid(d)};
+}
+
+}  // namespace hardmine

@@ -1,0 +1,78 @@
+import { readdir, stat } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { Command } from 'commander';
+import { HardmineError } from '../errors.js';
+import { writeFileAtomic } from '../formats/atomic.js';
+import { writeNpy } from '../formats/npy.js';
+import { FaceModel } from '../model.js';
+import { type CommonOptions, makeCommand, output } from './command.js';
+import { addDeviceOptions, type DeviceOptions, deviceOf } from './device-options.js';
+
+interface Options extends CommonOptions, DeviceOptions {
+  model: string;
+  out: string;
+}
+
+export function embedCommand(): Command {
+  const command = makeCommand(
+    'embed',
+    'Embed images (files, or folders of them) and write the raw embeddings as a NumPy array.',
+    'hardmine embed photos/ --model runs/first/best.safetensors --out photos.npy',
+  )
+    .argument('<images...>', '112x112 images, or folders of them in byte order')
+    .requiredOption('--model <file>', 'model (.safetensors)')
+    .requiredOption('--out <file.npy>', 'float32 [images, embedding]; the paths go to file.txt');
+  addDeviceOptions(command);
+  return command.action(embed);
+}
+
+async function embed(inputs: string[], options: Options): Promise<void> {
+  if (!options.out.endsWith('.npy')) {
+    throw new HardmineError(
+      'ERR_CONFIG',
+      `--out is ${options.out}: give a path that ends with .npy`,
+    );
+  }
+  const paths = (await Promise.all(inputs.map(imagesOf))).flat();
+  const model = await FaceModel.load(options.model, deviceOf(options));
+  try {
+    const embeddings = await model.embed(paths);
+    await writeFileAtomic(
+      options.out.replace(/\.npy$/, '.txt'),
+      paths.map((path) => `${path}\n`),
+    );
+    await writeNpy(options.out, embeddings, paths.length, model.embedding);
+    if (options.json) {
+      output.json({ out: options.out, images: paths.length, embedding: model.embedding });
+    } else {
+      output.result(`${options.out}: ${paths.length} x ${model.embedding}`);
+    }
+  } finally {
+    await model.dispose();
+  }
+}
+
+/** A file itself, or the images anywhere below a folder, in the byte order of their paths. */
+async function imagesOf(input: string): Promise<string[]> {
+  const stats = await stat(input).catch((cause: unknown) => {
+    throw new HardmineError(
+      'ERR_IO',
+      `${input} cannot be read: give an image or a folder of images`,
+      {
+        cause,
+      },
+    );
+  });
+  if (!stats.isDirectory()) return [input];
+  const names = await readdir(input, { recursive: true });
+  const images = names
+    .filter((name) => /\.(jpe?g|png)$/i.test(name))
+    .sort((a, b) => Buffer.compare(Buffer.from(a), Buffer.from(b)));
+  if (images.length === 0) {
+    throw new HardmineError(
+      'ERR_DATA',
+      `${input} holds no .jpg, .jpeg or .png: give another folder`,
+    );
+  }
+  return images.map((name) => join(input, name));
+}

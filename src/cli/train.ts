@@ -1,0 +1,127 @@
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { Command } from 'commander';
+import { HardmineError } from '../errors.js';
+import { Trainer } from '../trainer.js';
+import { type CommonOptions, makeCommand, output, percent } from './command.js';
+import { addConfigOptions, overlay } from './config-options.js';
+import { stopOnInterrupt } from './interrupt.js';
+import { TrainingLog } from './training-log.js';
+
+export function trainCommand(): Command {
+  const command = makeCommand(
+    'train',
+    'Train a network. Every key of the configuration file is an option too; options win.',
+    'hardmine train --data faces/ --out runs/first --scale 32 --margin-warm-up 3 --lr 0.05',
+  ).argument('[config]', 'configuration file (JSON)');
+  const configFrom = addConfigOptions(command);
+  command.action(async (file: string | undefined, options: CommonOptions) => {
+    const given = configFrom(command.opts());
+    const config = overlay(await baseConfig(file, given), given);
+    await train(config, options);
+  });
+  return command;
+}
+
+/** The configuration under the options: the file's, or for --resume alone that of the run. */
+async function baseConfig(
+  file: string | undefined,
+  given: Record<string, unknown>,
+): Promise<Record<string, unknown>> {
+  const { out, resume } = given;
+  if (file !== undefined) return readConfig(file);
+  if (resume === true && typeof out === 'string') {
+    return { ...(await readConfig(join(out, 'config.json'))), out };
+  }
+  return {};
+}
+
+async function readConfig(path: string): Promise<Record<string, unknown>> {
+  let text: string;
+  try {
+    text = await readFile(path, 'utf8');
+  } catch (cause) {
+    throw new HardmineError(
+      'ERR_CONFIG',
+      `the configuration ${path} cannot be read: give the path of a JSON file`,
+      { cause },
+    );
+  }
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (cause) {
+    throw new HardmineError(
+      'ERR_CONFIG',
+      `the configuration ${path} is not JSON (${cause instanceof Error ? cause.message : String(cause)}): mend it there`,
+      { cause },
+    );
+  }
+  if (value === null || typeof value !== 'object' || Array.isArray(value)) {
+    throw new HardmineError(
+      'ERR_CONFIG',
+      `the configuration ${path} is not a JSON object of keys and values: mend it there`,
+    );
+  }
+  return value as Record<string, unknown>;
+}
+
+async function train(config: Record<string, unknown>, options: CommonOptions): Promise<void> {
+  using interrupt = stopOnInterrupt('the run stops after this step and writes a checkpoint');
+  const log = new TrainingLog();
+  // The schema inside Trainer.create is what checks it.
+  const trainer = await Trainer.create(config as Parameters<typeof Trainer.create>[0], {
+    onProgress: (progress) => log.preparing(progress),
+    signal: interrupt.signal,
+  });
+  try {
+    const { plan } = trainer;
+    const startedAt = trainer.stepsDone;
+    log.start(plan, startedAt);
+    for await (const event of trainer.run({ signal: interrupt.signal })) log.event(event);
+    log.end();
+    const { out, epochs } = trainer.config;
+    const finishedBefore = startedAt === plan.totalSteps;
+    const summary = {
+      out,
+      finished: true,
+      finishedBefore,
+      epochs,
+      steps: trainer.stepsDone,
+      images: plan.images,
+      identities: plan.identities,
+      device: plan.device,
+      precision: plan.precision,
+      threads: plan.threads,
+      training: log.lastEpoch,
+      validation: log.bestValidation,
+      evaluation: log.evaluation,
+      model: join(out, 'best.safetensors'),
+    };
+    if (options.json) {
+      output.json(summary);
+      return;
+    }
+    if (finishedBefore) output.note(`${out} is finished: all ${epochs} epochs are done`);
+    if (log.lastEpoch) {
+      const { baseLoss, accuracy } = log.lastEpoch;
+      output.result(
+        `training    loss ${baseLoss.toFixed(3)}, accuracy ${percent(accuracy)} in the last epoch`,
+      );
+    }
+    if (log.bestValidation) {
+      const { accuracy, epoch } = log.bestValidation;
+      output.result(`validation  ${percent(accuracy)} on held-out pairs (epoch ${epoch})`);
+    }
+    if (log.evaluation) {
+      const { dataset, accuracy, confidence95 } = log.evaluation;
+      output.result(
+        `${dataset.padEnd(10)}  ${percent(accuracy.mean)} (std ${percent(accuracy.std)}, 95% ${percent(confidence95.low)} to ${percent(confidence95.high)})`,
+      );
+    }
+    output.result(`model       ${summary.model}`);
+  } finally {
+    log.end();
+    await trainer.dispose();
+  }
+}

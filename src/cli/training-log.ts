@@ -1,0 +1,143 @@
+/** A run as people see it: a progress bar on a terminal, JSON lines elsewhere, both on stderr. */
+import { Presets, SingleBar } from 'cli-progress';
+import pc from 'picocolors';
+import type { DataProgress } from '../data/dataset.js';
+import type { LfwResult } from '../evaluate/lfw.js';
+import type { EpochEvent, TrainerEvent, TrainingPlan, ValidationEvent } from '../trainer.js';
+import { output, percent } from './command.js';
+
+/** A step's line on a log that is no terminal, at most this often. */
+const LINE_MS = 1000;
+
+function duration(seconds: number): string {
+  const whole = Math.max(0, Math.round(seconds));
+  const [hours, minutes] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60];
+  const rest = String(whole % 60).padStart(2, '0');
+  return hours > 0 ? `${hours}:${String(minutes).padStart(2, '0')}:${rest}` : `${minutes}:${rest}`;
+}
+
+export class TrainingLog {
+  lastEpoch: Omit<EpochEvent, 'type'> | null = null;
+  bestValidation: Omit<ValidationEvent, 'type' | 'best'> | null = null;
+  evaluation: Omit<LfwResult, 'details'> | null = null;
+  private readonly terminal = process.stderr.isTTY === true;
+  private bar: SingleBar | null = null;
+  private plan: TrainingPlan | null = null;
+  private lastLineMs = Number.NEGATIVE_INFINITY;
+
+  preparing({ phase, done, total }: DataProgress): void {
+    if (this.terminal) process.stderr.write(`\r\x1b[K${phase} ${done} of ${total}`);
+    else if (this.isDue(done === total)) this.line('data', { phase, done, total });
+  }
+
+  start(plan: TrainingPlan, step: number): void {
+    this.plan = plan;
+    if (!this.terminal) {
+      this.line('start', { step, ...plan });
+      return;
+    }
+    process.stderr.write(
+      `\r\x1b[K${plan.images} images of ${plan.identities} identities, ${plan.totalSteps} steps on ${plan.device}, ${plan.precision}, ${plan.threads} threads\n`,
+    );
+    this.bar = new SingleBar(
+      {
+        stream: process.stderr,
+        format:
+          'epoch {epoch} |{bar}| {percentage}% | loss {loss} | accuracy {accuracy} | {speed} img/s | {left} left',
+        hideCursor: true,
+        barsize: 24,
+      },
+      Presets.shades_classic,
+    );
+    this.bar.start(plan.totalSteps, step, {
+      epoch: '-',
+      loss: '-',
+      accuracy: '-',
+      speed: '-',
+      left: '-',
+    });
+  }
+
+  event(event: TrainerEvent): void {
+    switch (event.type) {
+      case 'step': {
+        const { type, ...figures } = event;
+        if (!this.terminal) {
+          if (this.isDue(event.step === this.plan?.totalSteps)) this.line(type, figures);
+          return;
+        }
+        const batch = (this.plan?.images ?? 0) / (this.plan?.stepsPerEpoch || 1);
+        const left = ((this.plan?.totalSteps ?? 0) - event.step) * batch;
+        this.bar?.update(event.step, {
+          epoch: String(event.epoch),
+          loss: event.baseLoss.toFixed(3),
+          accuracy: percent(event.accuracy),
+          speed: event.imagesPerSecond.toFixed(0),
+          left: duration(left / event.imagesPerSecond),
+        });
+        return;
+      }
+      case 'epoch': {
+        const { type, ...figures } = event;
+        this.lastEpoch = figures;
+        this.say(type, figures, () => {
+          const gate = `silenced ${percent(event.silenced)}, kept ${percent(event.kept)}, amplified ${percent(event.amplified)}`;
+          return `epoch ${event.epoch}: loss ${event.baseLoss.toFixed(3)}, accuracy ${percent(event.accuracy)}, ${gate}`;
+        });
+        return;
+      }
+      case 'validation': {
+        const { type, best, ...figures } = event;
+        if (best) this.bestValidation = figures;
+        this.say(
+          type,
+          { ...figures, best },
+          () =>
+            `epoch ${event.epoch}: validation ${percent(event.accuracy)}${best ? ' (best)' : ''}`,
+        );
+        return;
+      }
+      case 'evaluation': {
+        const { details: _, ...figures } = event.result;
+        this.evaluation = figures;
+        this.say(event.type, figures, () => `evaluated on ${figures.dataset}`);
+        return;
+      }
+      case 'checkpoint': {
+        const { type, ...figures } = event;
+        if (!this.terminal) this.line(type, figures);
+        return;
+      }
+      case 'warning': {
+        const { type, ...figures } = event;
+        this.say(type, figures, () => `${pc.yellow('warning')}: ${event.message}`);
+        return;
+      }
+    }
+  }
+
+  end(): void {
+    this.bar?.stop();
+    this.bar = null;
+  }
+
+  private isDue(last: boolean): boolean {
+    const now = performance.now();
+    if (!last && now - this.lastLineMs < LINE_MS) return false;
+    this.lastLineMs = now;
+    return true;
+  }
+
+  private line(event: string, figures: object): void {
+    output.note(JSON.stringify({ ts: new Date().toISOString(), event, ...figures }));
+  }
+
+  /** A sentence above the bar, or a line of JSON. */
+  private say(event: string, figures: object, sentence: () => string): void {
+    if (!this.terminal) {
+      this.line(event, figures);
+      return;
+    }
+    process.stderr.write(`\r\x1b[K${sentence()}\n`);
+  }
+}

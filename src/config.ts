@@ -1,0 +1,418 @@
+/**
+ * The settings of a training run: one strict schema with the paper's values as defaults, from which
+ * the command line's options are generated too.
+ */
+import { createHash } from 'node:crypto';
+import { resolve } from 'node:path';
+import { z } from 'zod';
+import { HardmineError } from './errors.js';
+import type { BaseLoss, LossSettings } from './loss.js';
+
+const positive = () => z.number().positive();
+const count = () => z.int().min(1);
+
+const weightingSchema = z.strictObject({
+  kind: z
+    .enum(['hard-mining', 'none'])
+    .default('hard-mining')
+    .describe('weighting over the base loss'),
+  alpha: positive().exactOptional().describe('hard mining: factor of the loss (1.5)'),
+  beta: positive()
+    .exactOptional()
+    .describe('hard mining: factor of the loss inside the gate (1.1)'),
+  A: positive().exactOptional().describe('hard mining: steepness of the gate (35)'),
+  B: positive()
+    .exactOptional()
+    .describe('hard mining: the gate opens at a loss of B / beta (0.75)'),
+  form: z
+    .enum(['equation', 'algorithm'])
+    .exactOptional()
+    .describe("hard mining: the paper's Equation 2 (equation) or Algorithm 1, greater by beta"),
+  reduction: z
+    .enum(['sample', 'batch'])
+    .exactOptional()
+    .describe('hard mining of every sample (sample) or of the mean loss'),
+});
+
+const lambdaSchema = z.strictObject({
+  start: z.number().min(0).exactOptional().describe('A-Softmax: lambda at the first step (1000)'),
+  decay: z
+    .number()
+    .min(0)
+    .exactOptional()
+    .describe('A-Softmax: lambda falls as 1 / (1 + decay step) (0.12)'),
+  floor: z.number().min(0).exactOptional().describe('A-Softmax: least lambda (5)'),
+});
+
+const augmentSchema = z.strictObject({
+  flip: z.boolean().default(true).describe('mirror half of the images'),
+  crop: z.int().min(0).max(32).default(0).describe('shift images by up to this many pixels'),
+});
+
+/** Keys in the order in which `train --help` lists them. */
+export const configSchema = z.strictObject({
+  data: z.string().min(1).describe('training data: a folder of identities or a .rec file'),
+  out: z.string().min(1).describe('run directory'),
+  validation: z
+    .string()
+    .min(1)
+    .default('identities')
+    .describe(
+      "what `best` is chosen on: held-out identities of `data` (identities: 5%, at most 200), a pairs file in LFW's format over the images of `lfw`, or none",
+    ),
+  lfw: z
+    .string()
+    .min(1)
+    .exactOptional()
+    .describe('folder of aligned LFW images, evaluated once at the end'),
+  lfwPairs: z
+    .string()
+    .min(1)
+    .exactOptional()
+    .describe("LFW's pairs.txt (default: the one in `lfw`)"),
+
+  loss: z
+    .enum(['softmax', 'a-softmax', 'arcface', 'cosface', 'combined'])
+    .default('arcface')
+    .describe('base loss'),
+  scale: positive().max(1000).exactOptional().describe('scale s of the logits (64)'),
+  margin: z
+    .number()
+    .min(0)
+    .max(16)
+    .exactOptional()
+    .describe('margin (arcface 0.5 radians, cosface 0.35, a-softmax 4)'),
+  m1: z.number().min(1).max(16).exactOptional().describe('combined: factor of the angle (1)'),
+  m2: z
+    .number()
+    .min(0)
+    .max(Math.PI)
+    .exactOptional()
+    .describe('combined: added to the angle, radians (0)'),
+  m3: z.number().min(0).max(2).exactOptional().describe('combined: taken from the cosine (0)'),
+  lambda: lambdaSchema
+    .exactOptional()
+    .describe('A-Softmax annealing; a number holds lambda there')
+    .meta({ optionPrefix: 'lambda-', shorthand: 'number' }),
+  marginWarmUp: z
+    .number()
+    .min(0)
+    .exactOptional()
+    .describe('epochs over which the margin grows from 0 to its value (0)'),
+  marginGradient: z
+    .enum(['exact', 'detached'])
+    .exactOptional()
+    .describe('derivative of the margin: exact, or taken as 1 as arcface_torch does'),
+  beyondPi: z
+    .enum(['mirror', 'none'])
+    .exactOptional()
+    .describe('angle beyond pi: continued monotonely (mirror) or the formula as printed (none)'),
+  weighting: weightingSchema
+    .default({ kind: 'hard-mining' })
+    .describe('weighting over the base loss')
+    .meta({ optionPrefix: '', shorthand: 'kind' }),
+
+  network: z.enum(['resnet18']).default('resnet18').describe('architecture'),
+  embedding: z.int().min(2).max(4096).default(512).describe('size of the embedding'),
+  embeddingNorm: z
+    .enum(['batch', 'none'])
+    .default('batch')
+    .describe('batch-norm over the embedding (batch), or the plain network'),
+
+  batch: z.int().min(2).max(65536).default(64).describe('images a step'),
+  epochs: count().max(1_000_000).default(20).describe('passes over the training images'),
+  lr: positive().max(1000).default(0.01).describe('learning rate'),
+  milestones: z
+    .array(count())
+    .default([8, 12, 16])
+    .describe('epochs after which the learning rate is multiplied by lrGamma'),
+  lrGamma: positive().max(1).default(0.1).describe('factor of the learning rate at a milestone'),
+  momentum: z.number().min(0).lt(1).default(0.9).describe('momentum of SGD'),
+  weightDecay: z.number().min(0).max(1).default(5e-4).describe('weight decay'),
+  decayAll: z.boolean().default(false).describe('decay biases and batch-norm parameters too'),
+  augment: augmentSchema
+    .default({ flip: true, crop: 0 })
+    .describe('augmentation')
+    .meta({ optionPrefix: '' }),
+  seed: z.int().min(0).default(1).describe('seed of weights, order and augmentation'),
+  deterministic: z.boolean().default(false).describe('same device, threads and seed: same bits'),
+
+  device: z
+    .string()
+    .regex(/^(auto|cpu|cuda(:\d{1,4})?)$/, 'must be auto, cpu, cuda or cuda:N')
+    .default('auto')
+    .describe('auto, cpu, cuda or cuda:N'),
+  precision: z
+    .enum(['fp32', 'bf16', 'fp16'])
+    .exactOptional()
+    .describe("number type of products and activations (default: the device's fastest)"),
+  threads: z.int().min(0).max(1024).default(0).describe('CPU threads (0: physical cores)'),
+
+  validateEvery: count().default(1).describe('epochs between validations'),
+  checkpointEvery: count()
+    .exactOptional()
+    .describe('steps between checkpoints (default: once an epoch)'),
+  keep: count().default(3).describe('checkpoints kept'),
+  resume: z.boolean().default(false).describe('go on from the newest sound checkpoint in `out`'),
+});
+
+type Parsed = z.output<typeof configSchema>;
+export type LossKind = Parsed['loss'];
+
+/** Hard mining with all its parameters, or none. */
+export type WeightingConfig =
+  | {
+      kind: 'hard-mining';
+      alpha: number;
+      beta: number;
+      A: number;
+      B: number;
+      form: 'equation' | 'algorithm';
+      reduction: 'sample' | 'batch';
+    }
+  | { kind: 'none' };
+
+/** A configuration with every default filled in; keys without a meaning for `loss` are absent. */
+export type Config = Omit<Parsed, 'weighting' | 'lambda'> & {
+  weighting: WeightingConfig;
+  lambda?: { start: number; decay: number; floor: number };
+};
+
+/** What a user writes: every key but `data` and `out` may be left out. */
+export type ConfigInput = Omit<z.input<typeof configSchema>, 'weighting' | 'lambda'> & {
+  weighting?: WeightingConfig['kind'] | z.input<typeof weightingSchema>;
+  lambda?: number | z.input<typeof lambdaSchema>;
+};
+
+const MARGIN_LOSSES: readonly LossKind[] = ['a-softmax', 'arcface', 'cosface', 'combined'];
+
+/** Keys that mean something for some losses alone, with their defaults there. */
+const LOSS_KEYS = {
+  scale: { losses: ['arcface', 'cosface', 'combined'], value: () => 64 },
+  margin: {
+    losses: ['a-softmax', 'arcface', 'cosface'],
+    value: (loss: LossKind) => (loss === 'arcface' ? 0.5 : loss === 'cosface' ? 0.35 : 4),
+  },
+  m1: { losses: ['combined'], value: () => 1 },
+  m2: { losses: ['combined'], value: () => 0 },
+  m3: { losses: ['combined'], value: () => 0 },
+  // SphereFace's schedule, as evoLVe has it.
+  lambda: { losses: ['a-softmax'], value: () => ({ start: 1000, decay: 0.12, floor: 5 }) },
+  marginWarmUp: { losses: MARGIN_LOSSES, value: () => 0 },
+  marginGradient: { losses: MARGIN_LOSSES, value: () => 'exact' },
+  beyondPi: { losses: MARGIN_LOSSES, value: () => 'mirror' },
+} satisfies Record<string, { losses: readonly LossKind[]; value: (loss: LossKind) => unknown }>;
+
+/** The paper's constants. */
+const HARD_MINING = {
+  alpha: 1.5,
+  beta: 1.1,
+  A: 35,
+  B: 0.75,
+  form: 'equation',
+  reduction: 'sample',
+} as const;
+
+const PATH_KEYS = ['data', 'out', 'lfw', 'lfwPairs'] as const;
+
+/**
+ * Keys that may differ between a run and its resumption: where things lie, how the work is done and
+ * how long it goes on. All others would make one run out of two different ones.
+ */
+const FREE_ON_RESUME: ReadonlySet<keyof Config> = new Set<keyof Config>([
+  'data', // compared by its content
+  'out',
+  'lfw',
+  'lfwPairs',
+  'epochs',
+  'device',
+  'threads',
+  'validateEvery',
+  'checkpointEvery',
+  'keep',
+  'resume',
+]);
+
+function configError(message: string): HardmineError {
+  return new HardmineError('ERR_CONFIG', message);
+}
+
+/** Levenshtein's distance, letters compared without case. */
+function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, i) => i);
+  for (const [i, x] of [...a.toLowerCase()].entries()) {
+    const next = [i + 1];
+    for (const [j, y] of [...b.toLowerCase()].entries()) {
+      next.push(Math.min(row[j + 1]! + 1, next[j]! + 1, row[j]! + (x === y ? 0 : 1)));
+    }
+    row = next;
+  }
+  return row[b.length]!;
+}
+
+/** The known name nearest to `name`. */
+export function nearest(name: string, known: readonly string[]): string {
+  const distances = known.map((candidate) => editDistance(name, candidate));
+  return known[distances.indexOf(Math.min(...distances))] ?? '';
+}
+
+function knownKeys(path: readonly PropertyKey[]): string[] {
+  if (path[0] === 'weighting') return Object.keys(weightingSchema.shape);
+  if (path[0] === 'lambda') return Object.keys(lambdaSchema.shape);
+  if (path[0] === 'augment') return Object.keys(augmentSchema.shape);
+  return Object.keys(configSchema.shape);
+}
+
+function issueSentence(issue: z.core.$ZodIssue, found: unknown): string {
+  if (issue.code === 'unrecognized_keys') {
+    const key = issue.keys[0] ?? '';
+    const shown = [...issue.path, key].map(String).join('.');
+    const suggestion = nearest(key, knownKeys(issue.path));
+    return `the configuration has an unknown key "${shown}": the nearest known one is "${suggestion}"`;
+  }
+  const name = issue.path.map(String).join('.');
+  let value: unknown = found;
+  for (const part of issue.path) {
+    value = value !== null && typeof value === 'object' ? Reflect.get(value, part) : undefined;
+  }
+  if (value === undefined) return `the configuration lacks "${name}": give it as --${kebab(name)}`;
+  const expectation = issue.message.replace(/^Invalid (input|option|string): /, '');
+  return `the configuration's "${name}" is ${JSON.stringify(value)}: ${expectation}`;
+}
+
+/** camelCase to kebab-case; the single letters A and B stay as they are. */
+export function kebab(name: string): string {
+  return name.length === 1 ? name : name.replace(/[A-Z]/g, (c) => `-${c.toLowerCase()}`);
+}
+
+function expandShorthands(input: object): Record<string, unknown> {
+  const expanded: Record<string, unknown> = Object.fromEntries(
+    Object.entries(input).filter(([, value]) => value !== undefined),
+  );
+  const { weighting, lambda } = expanded;
+  if (typeof weighting === 'string') expanded['weighting'] = { kind: weighting };
+  if (typeof lambda === 'number') expanded['lambda'] = { start: lambda, decay: 0, floor: lambda };
+  return expanded;
+}
+
+function resolveWeighting(weighting: Parsed['weighting']): WeightingConfig {
+  const { kind, ...parameters } = weighting;
+  if (kind === 'none') {
+    const [first] = Object.keys(parameters);
+    if (first !== undefined) {
+      throw configError(
+        `the configuration's "weighting.${first}" has no meaning with the weighting none: remove it or choose hard-mining`,
+      );
+    }
+    return { kind };
+  }
+  return { kind, ...HARD_MINING, ...parameters };
+}
+
+/**
+ * Checks a configuration and fills in every default. Relative paths are taken from the working
+ * directory. Throws ERR_CONFIG with the first thing that is wrong; an unknown key is answered with
+ * the nearest known one.
+ */
+export function resolveConfig(input: unknown): Config {
+  if (input === null || typeof input !== 'object' || Array.isArray(input)) {
+    throw configError('the configuration must be a JSON object of keys and values');
+  }
+  const expanded = expandShorthands(input);
+  const result = configSchema.safeParse(expanded);
+  if (!result.success) {
+    // An unknown key is most often the cause of whatever else is missing.
+    const { issues } = result.error;
+    const issue = issues.find(({ code }) => code === 'unrecognized_keys') ?? issues[0]!;
+    throw configError(issueSentence(issue, expanded));
+  }
+  const parsed = result.data;
+  const filled: Record<string, unknown> = { ...parsed };
+  for (const [key, { losses, value }] of Object.entries(LOSS_KEYS)) {
+    if ((losses as readonly LossKind[]).includes(parsed.loss)) {
+      filled[key] =
+        key === 'lambda'
+          ? { ...(value(parsed.loss) as object), ...parsed.lambda }
+          : (filled[key] ?? value(parsed.loss));
+    } else if (filled[key] !== undefined) {
+      throw configError(
+        `the configuration's "${key}" has no meaning with the loss ${parsed.loss}: remove it or choose ${losses.join(', ')}`,
+      );
+    }
+  }
+  if (parsed.loss === 'a-softmax' && filled['beyondPi'] === 'none') {
+    throw configError(
+      'the configuration\'s "beyondPi" is "none", which a-softmax cannot use because its angle always passes pi: leave it at mirror',
+    );
+  }
+  for (const [i, milestone] of parsed.milestones.entries()) {
+    if (i > 0 && milestone <= parsed.milestones[i - 1]!) {
+      throw configError(
+        `the configuration's "milestones" are ${JSON.stringify(parsed.milestones)}: they must ascend`,
+      );
+    }
+  }
+  filled['weighting'] = resolveWeighting(parsed.weighting);
+  for (const key of PATH_KEYS) {
+    const path = parsed[key];
+    if (path !== undefined) filled[key] = resolve(path);
+  }
+  if (parsed.validation !== 'identities' && parsed.validation !== 'none') {
+    filled['validation'] = resolve(parsed.validation);
+    if (parsed.lfw === undefined) {
+      throw configError(
+        `the configuration's "validation" is the pairs file ${parsed.validation}, whose images are those of "lfw": give it as --lfw, or choose identities or none`,
+      );
+    }
+  }
+  if (parsed.lfwPairs !== undefined && parsed.lfw === undefined) {
+    throw configError(
+      'the configuration has "lfwPairs" but lacks "lfw": give the folder of LFW images as --lfw',
+    );
+  }
+  return filled as Config;
+}
+
+/** The loss of a configuration, as MarginHead takes it. */
+export function lossSettings(config: Config): LossSettings {
+  // resolveConfig has left out the keys that the loss does not have.
+  const { loss, scale, margin, m1, m2, m3, lambda } = config;
+  const parameters = { scale, margin, m1, m2, m3, lambda };
+  const given = Object.entries(parameters).filter(([, value]) => value !== undefined);
+  return {
+    base: { kind: loss, ...Object.fromEntries(given) } as BaseLoss,
+    weighting: config.weighting,
+    ...(config.marginGradient && { gradient: config.marginGradient }),
+    ...(config.beyondPi && { beyondPi: config.beyondPi }),
+  };
+}
+
+/** JSON with the keys of every object in order: equal settings give equal text. */
+function canonicalJson(value: unknown): string {
+  return JSON.stringify(value, (_key, item: unknown) =>
+    item !== null && typeof item === 'object' && !Array.isArray(item)
+      ? Object.fromEntries(Object.entries(item).sort(([a], [b]) => (a < b ? -1 : 1)))
+      : item,
+  );
+}
+
+/** SHA-256 (hexadecimal) of the settings that shape the result: no path, and nothing about how the work is done. */
+export function configHash(config: Config): string {
+  const shaping = Object.entries(config).filter(
+    ([key]) => key === 'epochs' || !FREE_ON_RESUME.has(key as keyof Config),
+  );
+  return createHash('sha256')
+    .update(canonicalJson(Object.fromEntries(shaping)))
+    .digest('hex');
+}
+
+/** The first key whose change would make the resumed run another one, or null. */
+export function changedOnResume(before: Config, now: Config): keyof Config | null {
+  const keys = new Set([...Object.keys(before), ...Object.keys(now)]) as Set<keyof Config>;
+  for (const key of keys) {
+    if (!FREE_ON_RESUME.has(key) && canonicalJson(before[key]) !== canonicalJson(now[key])) {
+      return key;
+    }
+  }
+  return null;
+}

@@ -1,0 +1,57 @@
+import { mkdir, stat } from 'node:fs/promises';
+import { dirname } from 'node:path';
+import { HardmineError } from '../errors.js';
+
+/**
+ * ERR_IO for what the operating system refused; an error that has its sentence already is passed on.
+ * @param verb 'read' or 'written'
+ */
+export function ioError(path: string, verb: string, error: unknown, remedy: string): HardmineError {
+  if (error instanceof HardmineError) return error;
+  const reason = error instanceof Error ? error.message : String(error);
+  return new HardmineError('ERR_IO', `${path} could not be ${verb} (${reason}): ${remedy}.`, {
+    cause: error,
+  });
+}
+
+/** Whether anything stands at `path`. */
+export async function exists(path: string): Promise<boolean> {
+  try {
+    await stat(path);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Throws ERR_ABORTED when the caller has stopped `what`. */
+export function throwIfAborted(signal: AbortSignal | undefined, what: string): void {
+  if (signal?.aborted) {
+    throw new HardmineError('ERR_ABORTED', `${what} was stopped by the caller.`, {
+      cause: signal.reason,
+    });
+  }
+}
+
+/**
+ * Makes a folder and those above it, as `mkdir` with `recursive` should: Node's never returns where the
+ * folder above exists and cannot hold another, as in /proc.
+ * @returns the topmost folder made; undefined when `path` was there
+ */
+export async function makeFolders(path: string): Promise<string | undefined> {
+  try {
+    await stat(path);
+    return undefined; // if it is a file, whoever uses the folder is told so
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).code !== 'ENOENT') throw error;
+  }
+  const made = await makeFolders(dirname(path));
+  try {
+    await mkdir(path);
+  } catch (error) {
+    // Made by somebody else meanwhile: theirs to remove.
+    if ((error as NodeJS.ErrnoException).code === 'EEXIST') return undefined;
+    throw error;
+  }
+  return made ?? path;
+}

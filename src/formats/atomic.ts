@@ -1,0 +1,60 @@
+/** Files that are whole or absent: temporary name, fsync, rename, fsync of the folder. */
+import { randomBytes } from 'node:crypto';
+import { open, rename, rm } from 'node:fs/promises';
+import { basename, dirname, join } from 'node:path';
+import { HardmineError } from '../errors.js';
+
+/**
+ * Writes `chunks` one after the other to `path`, replacing what stood there only when all of it is on
+ * the disk. On any failure the temporary file is removed and `path` is as it was.
+ *
+ * @throws HardmineError ERR_IO when the operating system refuses.
+ */
+export async function writeFileAtomic(
+  path: string,
+  chunks: Iterable<Uint8Array | string> | AsyncIterable<Uint8Array | string>,
+): Promise<void> {
+  const folder = dirname(path);
+  // In the same folder, because rename is atomic within one file system only.
+  const temporary = join(
+    folder,
+    `.${basename(path)}.${process.pid}-${randomBytes(4).toString('hex')}.tmp`,
+  );
+  try {
+    const file = await open(temporary, 'wx');
+    try {
+      for await (const chunk of chunks) await file.writeFile(chunk);
+      await file.sync();
+    } finally {
+      await file.close();
+    }
+    await rename(temporary, path);
+    await syncFolder(folder);
+  } catch (cause) {
+    await rm(temporary, { force: true }).catch(() => undefined); // the first failure is the one to tell
+    if (!isSystemError(cause)) throw cause;
+    throw new HardmineError(
+      'ERR_IO',
+      `${path} could not be written (${cause.message}): choose a folder that exists, that you may write to and that has room.`,
+      { cause },
+    );
+  }
+}
+
+/** Makes the names in a folder (new, renamed or removed files) survive a power failure. */
+export async function syncFolder(path: string): Promise<void> {
+  const folder = await open(path, 'r');
+  try {
+    await folder.sync();
+  } finally {
+    await folder.close();
+  }
+}
+
+function isSystemError(error: unknown): error is NodeJS.ErrnoException {
+  return (
+    error instanceof Error &&
+    typeof (error as NodeJS.ErrnoException).code === 'string' &&
+    'syscall' in error
+  );
+}

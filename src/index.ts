@@ -1,0 +1,38 @@
+/** hardmine's public API. */
+export { type Config, type ConfigInput, resolveConfig } from './config.js';
+export {
+  type DataOptions,
+  type DataProgress,
+  type Dataset,
+  openDataset,
+} from './data/dataset.js';
+export { type ErrorCode, HardmineError } from './errors.js';
+export { type EvaluateLfw, evaluateLfw, type LfwResult } from './evaluate/lfw.js';
+export {
+  type LabelledDistances,
+  type VerificationResult,
+  verification,
+} from './evaluate/verification.js';
+export {
+  type HeadInput,
+  type HeadOutput,
+  type HeadStep,
+  type HeadStepSettings,
+  MarginHead,
+  type MarginHeadOptions,
+} from './head.js';
+export type { BaseLoss, LambdaAnnealing, LossSettings, Weighting } from './loss.js';
+export { FaceModel, type ModelInfo, type ModelOptions, type OnnxCheck } from './model.js';
+export {
+  type CheckpointEvent,
+  type EpochEvent,
+  type EvaluationEvent,
+  type StepEvent,
+  Trainer,
+  type TrainerEvent,
+  type TrainerOptions,
+  type TrainingPlan,
+  type ValidationEvent,
+  type WarningEvent,
+} from './trainer.js';
+export { weightLosses } from './weighting.js';

@@ -1,0 +1,309 @@
+/** report.html: one file that shows what was run, how it went and how good the model is. */
+
+import { writeFileAtomic } from '../formats/atomic.js';
+import {
+  type Evaluation,
+  histogramChart,
+  type MetricsLine,
+  meanThreshold,
+  orderedMetrics,
+  percent,
+  rocChart,
+  similarity,
+  trainingCharts,
+} from './curves.js';
+import { page } from './page.js';
+import { type Chart, drawChart, plainNumber, escapeText as text } from './svg.js';
+
+export interface ReportFace {
+  /** Whose face it is, for instance "Ann, image 1". */
+  label: string;
+  /** The picture's file, shown as it is. */
+  jpeg: Uint8Array;
+}
+
+export interface ReportPair {
+  a: ReportFace;
+  b: ReportFace;
+  /** Squared L2 distance of the unit embeddings, 0..4. */
+  distance: number;
+  /** Whether the threshold put it on the wrong side. */
+  wrong: boolean;
+}
+
+export interface ReportData {
+  title: string;
+  /** When the report was made, as it should be shown; the report reads no clock. */
+  created: string;
+  /** Settings; nested ones are shown by their path. */
+  config: Readonly<Record<string, unknown>>;
+  /** What it ran on: device, instruction set, versions. */
+  environment: Readonly<Record<string, string>>;
+  metrics: readonly MetricsLine[];
+  /** Accuracies on held-out pairs during training, fractions. */
+  validations?: readonly { step: number; accuracy: number }[];
+  trainingSeconds?: number;
+  /** The pairs that were judged, for instance "6,000 pairs of LFW View 2". */
+  evaluatedOn?: string;
+  /** The model first, then what to hold it against. */
+  evaluations: readonly Evaluation[];
+  /** The model's worst pairs, worst first. */
+  hardest?: { impostors: readonly ReportPair[]; genuine: readonly ReportPair[] };
+}
+
+/**
+ * Writes the report whole or not at all. The file needs no network and no script; all text is escaped.
+ *
+ * @throws HardmineError ERR_IO when it cannot be written
+ */
+export async function writeReport(path: string, data: ReportData): Promise<void> {
+  await writeFileAtomic(path, [renderReport(data)]);
+}
+
+/** The report as HTML, the same bytes for the same data. */
+export function renderReport(data: ReportData): string {
+  const metrics = orderedMetrics(data.metrics);
+  return page(
+    data.title,
+    [
+      header(data, metrics),
+      accuracySection(data),
+      trainingSection(data, metrics),
+      separationSection(data.evaluations),
+      foldSection(data.evaluations),
+      pairsSection(data.hardest),
+      settingsSection(data),
+      `<footer>Made by hardmine, ${text(data.created)}. Everything is in this one file; it asks for nothing from the network.</footer>`,
+    ].join('\n'),
+  );
+}
+
+function header(data: ReportData, metrics: readonly MetricsLine[]): string {
+  const [model] = data.evaluations;
+  const tiles: [string, string, string][] = [];
+  if (model) {
+    const { accuracy, confidence95, eer } = model.result;
+    tiles.push(
+      ['Accuracy', percent(accuracy.mean), `95% interval ${interval(confidence95)}`],
+      ['Equal error rate', percent(eer), 'pooled over all pairs'],
+    );
+  }
+  const last = metrics.at(-1);
+  if (last) {
+    const epoch = Number.isFinite(last.epoch) ? `in epoch ${plainNumber(last.epoch!)}` : '';
+    tiles.push(['Steps', plainNumber(last.step), epoch]);
+    if (Number.isFinite(last.baseLoss)) {
+      tiles.push([
+        'Base loss',
+        plainNumber(Number(last.baseLoss!.toPrecision(4))),
+        'at the last step',
+      ]);
+    }
+  }
+  const speeds = metrics
+    .map(({ imagesPerSecond }) => imagesPerSecond ?? Number.NaN)
+    .filter(Number.isFinite)
+    .sort((a, b) => a - b);
+  if (speeds.length > 0) {
+    const median = speeds[speeds.length >> 1]!;
+    const time =
+      data.trainingSeconds === undefined ? '' : `${duration(data.trainingSeconds)} in all`;
+    tiles.push(['Images per second', plainNumber(Number(median.toPrecision(3))), time || 'median']);
+  }
+  const dl = tiles
+    .map(
+      ([name, value, note]) =>
+        `<div><dt>${text(name)}</dt><dd>${text(value)}${note === '' ? '' : `<small>${text(note)}</small>`}</dd></div>`,
+    )
+    .join('');
+  return [
+    '<header>',
+    '<p class="kind">hardmine report</p>',
+    `<h1>${text(data.title)}</h1>`,
+    `<p class="lead">${text(verdict(data))}</p>`,
+    dl === '' ? '' : `<dl class="tiles">${dl}</dl>`,
+    '</header>',
+  ].join('\n');
+}
+
+/** The result in a sentence or two. */
+function verdict({ evaluations, evaluatedOn }: ReportData): string {
+  const [model, ...others] = evaluations;
+  if (!model) return 'Nothing has been evaluated yet.';
+  const { accuracy, confidence95, pairs } = model.result;
+  const judged = `Right on ${percent(accuracy.mean)} of ${evaluatedOn ?? `${plainNumber(pairs)} pairs`} (95% interval ${interval(confidence95)})`;
+  if (others.length === 0) return `${judged}.`;
+  const compared = others.map(({ name, result }) => {
+    const points = (accuracy.mean - result.accuracy.mean) * 100;
+    return `${Math.abs(points).toFixed(1)} points ${points >= 0 ? 'above' : 'below'} ${name} (${percent(result.accuracy.mean)})`;
+  });
+  return `${judged}: ${compared.join(' and ')}.`;
+}
+
+function accuracySection({ evaluations, evaluatedOn }: ReportData): string {
+  if (evaluations.length === 0) return '';
+  const rows = evaluations.map(({ name, result }, i) => {
+    const { accuracy, confidence95, auc, eer, tarAtFar } = result;
+    const cells = [
+      `${percent(accuracy.mean)} ± ${percent(accuracy.standardError)}`,
+      interval(confidence95),
+      auc.toFixed(4),
+      percent(eer),
+      percent(tarAtFar['1e-2']),
+      percent(tarAtFar['1e-3']),
+    ];
+    return `<tr${i === 0 ? ' class="first"' : ''}><th scope="row">${text(name)}</th>${cells.map((cell) => `<td>${cell}</td>`).join('')}</tr>`;
+  });
+  const { result } = evaluations[0]!;
+  const folds = result.accuracy.perFold.length;
+  const notes = [
+    `Protocol ${result.protocol}: accuracy is the mean over ${folds} folds, each judged at the threshold that the other ${folds === 2 ? 'one' : folds - 1} chose, ± its standard error; the interval is Wilson’s over all pairs, as if they were independent. AUC, equal error rate and TAR (true accept rate) at a given FAR (false accept rate) come from all pairs pooled.`,
+    ...result.details.notes,
+  ];
+  return [
+    '<h2>How well it tells people apart</h2>',
+    scroll(
+      'Accuracy of every model',
+      `<table><caption>${text(evaluatedOn ?? `${plainNumber(result.pairs)} pairs`)}</caption>
+<thead><tr><th scope="col">Model</th><th scope="col">Accuracy</th><th scope="col">95% interval</th><th scope="col">AUC</th><th scope="col">EER</th><th scope="col">TAR at FAR 1%</th><th scope="col">TAR at FAR 0.1%</th></tr></thead>
+<tbody>${rows.join('\n')}</tbody></table>`,
+    ),
+    `<p class="note">${notes.map(text).join(' ')}</p>`,
+  ].join('\n');
+}
+
+function trainingSection(
+  { validations = [], evaluations }: ReportData,
+  metrics: readonly MetricsLine[],
+): string {
+  const charts = trainingCharts(metrics, validations);
+  if (charts.length === 0 && evaluations.length > 0) return ''; // `evaluate` has not trained
+  const notFinite = metrics.filter(
+    ({ loss }) => loss === null || (loss !== undefined && !Number.isFinite(loss)),
+  ).length;
+  const note =
+    notFinite > 0
+      ? `<p class="note">At ${plainNumber(notFinite)} of ${plainNumber(metrics.length)} logged steps the loss was not finite; curves have gaps there.</p>`
+      : '';
+  return [
+    '<h2>How training went</h2>',
+    charts.length > 0
+      ? `<div class="cards">${charts.map((chart) => card(chart)).join('\n')}</div>`
+      : '<p class="note">No step has been logged.</p>',
+    note,
+  ].join('\n');
+}
+
+function separationSection(evaluations: readonly Evaluation[]): string {
+  const [model] = evaluations;
+  if (!model) return '';
+  const charts = [histogramChart(model), rocChart(evaluations)];
+  return `<h2>Where it draws the line</h2>\n<div class="cards">${charts.map((chart) => card(chart)).join('\n')}</div>`;
+}
+
+function foldSection([model]: readonly Evaluation[]): string {
+  if (!model) return '';
+  const { accuracy, thresholds, details } = model.result;
+  const sizes = new Array<number>(thresholds.length).fill(0);
+  for (const fold of details.fold) sizes[fold]!++;
+  const row = (name: string, cells: string[]) =>
+    `<tr><th scope="row">${name}</th>${cells.map((cell) => `<td>${cell}</td>`).join('')}</tr>`;
+  const rows = thresholds.map((threshold, fold) =>
+    row(String(fold + 1), [
+      plainNumber(sizes[fold]!),
+      percent(accuracy.perFold[fold]!),
+      threshold.toFixed(2),
+      similarity(threshold).toFixed(3),
+    ]),
+  );
+  const mean = meanThreshold(model.result);
+  rows.push(
+    row('All', [
+      plainNumber(model.result.pairs),
+      `${percent(accuracy.mean)}, std ${percent(accuracy.std)}`,
+      (2 - 2 * mean).toFixed(2),
+      mean.toFixed(3),
+    ]),
+  );
+  return [
+    '<h2>Fold by fold</h2>',
+    scroll(
+      'Accuracy and threshold of every fold',
+      `<table><caption>${text(model.name)}; thresholds are squared distances of unit embeddings</caption>
+<thead><tr><th scope="col">Fold</th><th scope="col">Pairs</th><th scope="col">Accuracy</th><th scope="col">Threshold</th><th scope="col">As cosine</th></tr></thead>
+<tbody>${rows.join('\n')}</tbody></table>`,
+      true,
+    ),
+  ].join('\n');
+}
+
+function pairsSection(hardest: ReportData['hardest']): string {
+  if (!hardest || hardest.impostors.length + hardest.genuine.length === 0) return '';
+  const list = (title: string, pairs: readonly ReportPair[], same: boolean): string => {
+    if (pairs.length === 0) return '';
+    const wrong = pairs.filter((pair) => pair.wrong).length;
+    return `<h3>${title}</h3>
+<p class="note">${wrong} of these ${pairs.length} ${wrong === 1 ? 'is' : 'are'} on the wrong side of the threshold.</p>
+<ul class="pairs">${pairs.map((pair) => pairCard(pair, same)).join('\n')}</ul>`;
+  };
+  return [
+    '<h2>The pairs it finds hardest</h2>',
+    list('Two people, most alike to the model', hardest.impostors, false),
+    list('One person, least alike to the model', hardest.genuine, true),
+  ].join('\n');
+}
+
+function pairCard({ a, b, distance, wrong }: ReportPair, same: boolean): string {
+  const taken = same !== wrong ? 'taken for one person' : 'taken for two people';
+  const face = ({ label, jpeg }: ReportFace) =>
+    `<figure><img src="data:image/jpeg;base64,${Buffer.from(jpeg).toString('base64')}" alt="Face of ${text(label)}" width="112" height="112"><figcaption>${text(label)}</figcaption></figure>`;
+  return `<li class="pair ${wrong ? 'wrong' : 'right'}"><div class="faces">${face(a)}${face(b)}</div><p>cosine ${similarity(distance).toFixed(3)}<br><span class="verdict">${wrong ? '✗ wrong' : '✓ right'}: ${taken}</span></p></li>`;
+}
+
+function card(chart: Chart): string {
+  return `<figure class="card"><h3>${text(chart.title)}</h3>${drawChart(chart)}</figure>`;
+}
+
+function settingsSection({ config, environment }: ReportData): string {
+  const tables = [
+    facts('Settings', flatten(config)),
+    facts('Environment', Object.entries(environment)),
+  ];
+  if (tables.every((table) => table === '')) return '';
+  return `<h2>What was run, and on what</h2>\n<div class="cards top">${tables.join('\n')}</div>`;
+}
+
+function facts(title: string, entries: readonly (readonly [string, string])[]): string {
+  if (entries.length === 0) return '';
+  const rows = entries
+    .map(([name, value]) => `<tr><th scope="row">${text(name)}</th><td>${text(value)}</td></tr>`)
+    .join('\n');
+  return `<section class="card"><h3>${title}</h3><table class="facts"><tbody>${rows}</tbody></table></section>`;
+}
+
+/** Settings by their path: { weighting: { alpha: 1.5 } } as weighting.alpha. */
+function flatten(config: object, prefix = ''): [string, string][] {
+  return Object.entries(config).flatMap(([key, value]: [string, unknown]): [string, string][] => {
+    if (value === undefined) return [];
+    if (typeof value === 'object' && value !== null && !Array.isArray(value)) {
+      return flatten(value, `${prefix}${key}.`);
+    }
+    return [[prefix + key, Array.isArray(value) ? value.join(', ') : String(value)]];
+  });
+}
+
+/** A wide table scrolls in its own box, which the keyboard can reach. */
+function scroll(label: string, table: string, narrow = false): string {
+  return `<div class="scroll${narrow ? ' narrow' : ''}" tabindex="0" role="region" aria-label="${text(label)}">${table}</div>`;
+}
+
+function interval({ low, high }: { low: number; high: number }): string {
+  return `${percent(low)} to ${percent(high)}`;
+}
+
+function duration(seconds: number): string {
+  const s = Math.round(seconds);
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;
+  return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+}

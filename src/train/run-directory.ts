@@ -1,0 +1,167 @@
+/** The folder of one run: its configuration, its figures, its checkpoints and models. */
+import { type FileHandle, mkdir, open, readFile, rm, stat } from 'node:fs/promises';
+import { join } from 'node:path';
+import type { Config } from '../config.js';
+import { HardmineError } from '../errors.js';
+import { writeFileAtomic } from '../formats/atomic.js';
+
+/** One line of metrics.jsonl: means over the steps since the line before. */
+export interface MetricsLine {
+  /** Steps done in all. */
+  step: number;
+  epoch: number;
+  /** Seconds of training so far. */
+  time: number;
+  loss: number;
+  baseLoss: number;
+  accuracy: number;
+  lr: number;
+  imagesPerSecond: number;
+  /** Shares of the samples by dHM/dL: below 0.1, between, above 1. */
+  silenced: number;
+  kept: number;
+  amplified: number;
+  /** Between embeddings of different identities. */
+  meanCosine: number;
+  embeddingNorm: number;
+  marginFactor: number;
+  lambda: number;
+}
+
+function unwritable(path: string, cause: unknown): HardmineError {
+  const reason = cause instanceof Error ? cause.message : String(cause);
+  return new HardmineError(
+    'ERR_IO',
+    `the run directory ${path} cannot be written (${reason}): give another one as --out, or mend its permissions`,
+    { cause },
+  );
+}
+
+export class RunDirectory {
+  private metrics: FileHandle | null = null;
+
+  private constructor(readonly path: string) {}
+
+  get checkpoints(): string {
+    return join(this.path, 'checkpoints');
+  }
+
+  file(name: string): string {
+    return join(this.path, name);
+  }
+
+  /**
+   * Checks that `path` can be written and whether it holds a run, and leaves everything as it was.
+   *
+   * @throws HardmineError ERR_IO when it cannot be written, ERR_CONFIG when it holds a run and
+   *   `resume` is false, or none and `resume` is true
+   */
+  static async check(path: string, resume: boolean): Promise<RunDirectory> {
+    const directory = new RunDirectory(path);
+    const holdsRun = await isFile(directory.file('config.json'));
+    if (holdsRun && !resume) {
+      throw new HardmineError(
+        'ERR_CONFIG',
+        `${path} already holds a run: go on with it by --resume, or give another run directory as --out`,
+      );
+    }
+    if (!holdsRun && resume) {
+      throw new HardmineError(
+        'ERR_CONFIG',
+        `${path} holds no run to resume: leave out --resume, or give the directory of the run as --out`,
+      );
+    }
+    try {
+      const made = await mkdir(path, { recursive: true });
+      const probe = join(path, `.probe-${process.pid}`);
+      try {
+        await (await open(probe, 'wx')).close();
+      } finally {
+        await rm(probe, { force: true });
+        if (made !== undefined) await rm(made, { recursive: true, force: true });
+      }
+    } catch (cause) {
+      throw unwritable(path, cause);
+    }
+    return directory;
+  }
+
+  /** The configuration that the run was started with, as it was written. */
+  async readConfig(): Promise<unknown> {
+    const path = this.file('config.json');
+    try {
+      return JSON.parse(await readFile(path, 'utf8'));
+    } catch (cause) {
+      throw new HardmineError(
+        'ERR_CONFIG',
+        `${path} cannot be read as JSON: restore it, or start anew in another run directory`,
+        { cause },
+      );
+    }
+  }
+
+  /** Makes the folder, writes the configuration and opens metrics.jsonl, cut back to `step`. */
+  async open(config: Config, step: number): Promise<void> {
+    const metrics = this.file('metrics.jsonl');
+    try {
+      await mkdir(this.checkpoints, { recursive: true });
+      const lines = await readMetrics(metrics);
+      const kept = lines.filter((line) => line.step <= step);
+      await writeFileAtomic(
+        metrics,
+        kept.map((line) => `${JSON.stringify(line)}\n`),
+      );
+      this.metrics = await open(metrics, 'a');
+    } catch (cause) {
+      throw cause instanceof HardmineError ? cause : unwritable(this.path, cause);
+    }
+    const { resume: _, ...saved } = config;
+    await this.writeJson('config.json', saved);
+  }
+
+  async append(line: MetricsLine): Promise<void> {
+    try {
+      await this.metrics?.appendFile(`${JSON.stringify(line)}\n`);
+    } catch (cause) {
+      throw unwritable(this.path, cause);
+    }
+  }
+
+  async writeJson(name: string, value: unknown): Promise<void> {
+    await writeFileAtomic(this.file(name), [`${JSON.stringify(value, null, 2)}\n`]);
+  }
+
+  async remove(names: readonly string[]): Promise<void> {
+    for (const name of names) await rm(this.file(name), { force: true });
+  }
+
+  async close(): Promise<void> {
+    await this.metrics?.close();
+    this.metrics = null;
+  }
+}
+
+/** The whole lines of a metrics.jsonl; a line that a killed process left half written is left out. */
+export async function readMetrics(path: string): Promise<MetricsLine[]> {
+  const text = await readFile(path, 'utf8').catch((error: NodeJS.ErrnoException) => {
+    if (error.code === 'ENOENT') return '';
+    throw error;
+  });
+  const lines: MetricsLine[] = [];
+  for (const line of text.split('\n')) {
+    if (line === '') continue;
+    try {
+      lines.push(JSON.parse(line) as MetricsLine);
+    } catch {
+      break; // only the last line can be half written
+    }
+  }
+  return lines;
+}
+
+async function isFile(path: string): Promise<boolean> {
+  return stat(path).then(
+    (stats) => stats.isFile(),
+    () => false,
+  );
+}

@@ -1,0 +1,821 @@
+/** Training as an async iterator of typed events: thin, the work is native. */
+import { createHash } from 'node:crypto';
+import { readFile, stat } from 'node:fs/promises';
+import { availableParallelism } from 'node:os';
+import { dirname, join } from 'node:path';
+import {
+  type Config,
+  type ConfigInput,
+  changedOnResume,
+  configHash,
+  lossSettings,
+  resolveConfig,
+} from './config.js';
+import { type DataProgress, type Dataset, openDataset } from './data/dataset.js';
+import { decodeImages } from './data/images.js';
+import { splitIdentities, validationPairs } from './data/split.js';
+import { HardmineError } from './errors.js';
+import { evaluateLfw, findImages, type LfwResult, parseLfwPairs } from './evaluate/lfw.js';
+import { embedForPairs, evaluatePairs, type VerificationPair } from './evaluate/pairs.js';
+import { bestThreshold } from './evaluate/verification.js';
+import type { TensorMap } from './formats/safetensors.js';
+import { expectedFirstLoss, resolveLoss } from './loss.js';
+import { FaceModel, type ModelInfo, writeModel } from './model.js';
+import {
+  chooseDevice,
+  type NativeBatches,
+  type NativeDevice,
+  type NativeLoss,
+  type NativeSession,
+  type NativeStepStats,
+  type Precision,
+} from './native.js';
+import {
+  type CheckpointState,
+  type FoundCheckpoint,
+  fileOfTensor,
+  findCheckpoint,
+  readCheckpointTensors,
+  removeStale,
+  writeCheckpoint,
+} from './train/checkpoint.js';
+import {
+  checkFirstLoss,
+  Health,
+  meanProgress,
+  type Progress,
+  type WarningKind,
+} from './train/health.js';
+import { type MetricsLine, RunDirectory } from './train/run-directory.js';
+import { writeRunReport } from './train/run-report.js';
+import { stepSettings, stepsPerCall } from './train/schedule.js';
+
+/** Pairs drawn from held-out identities: as many as LFW's View 2 has. */
+const VALIDATION_PAIRS = 6000;
+/** Held-out images decoded and embedded at a time. */
+const EMBED_IMAGES = 64;
+/** CPU threads that share one decoder: decoding takes about a tenth of what a training step takes. */
+const THREADS_PER_DECODER = 8;
+
+export type StepEvent = { type: 'step' } & MetricsLine;
+
+export interface EpochEvent {
+  type: 'epoch';
+  /** The epoch that has ended, from 1. */
+  epoch: number;
+  /** Steps done in all. */
+  step: number;
+  /** Means over the whole epoch. */
+  loss: number;
+  baseLoss: number;
+  accuracy: number;
+  silenced: number;
+  kept: number;
+  amplified: number;
+}
+
+export interface ValidationEvent {
+  type: 'validation';
+  epoch: number;
+  step: number;
+  pairs: number;
+  /** Mean over folds of the verification accuracy. */
+  accuracy: number;
+  /** Cosine similarity that parts the pairs best. */
+  threshold: number;
+  /** Whether no earlier epoch was as good. */
+  best: boolean;
+}
+
+/** LFW at the end, by the best model. */
+export interface EvaluationEvent {
+  type: 'evaluation';
+  result: LfwResult;
+  model: string;
+}
+
+export interface CheckpointEvent {
+  type: 'checkpoint';
+  step: number;
+  path: string;
+}
+
+export interface WarningEvent {
+  type: 'warning';
+  kind: WarningKind;
+  message: string;
+}
+
+export type TrainerEvent =
+  | StepEvent
+  | EpochEvent
+  | ValidationEvent
+  | EvaluationEvent
+  | CheckpointEvent
+  | WarningEvent;
+
+/** What a run is going to do. */
+export interface TrainingPlan {
+  /** Images and identities that train, and those held out for validation. */
+  images: number;
+  identities: number;
+  heldOutImages: number;
+  stepsPerEpoch: number;
+  totalSteps: number;
+  backend: 'cpu' | 'cuda';
+  device: string;
+  precision: Precision;
+  threads: number;
+}
+
+/** Pairs that choose `best`, and how to embed their images. */
+interface Validation {
+  pairs: readonly VerificationPair[];
+  embed(): Promise<Float32Array>;
+}
+
+interface Parts {
+  config: Config;
+  loss: NativeLoss;
+  plan: TrainingPlan;
+  dataset: Dataset;
+  data: CheckpointState['data'];
+  environment: Record<string, string>;
+  session: NativeSession;
+  batches: NativeBatches;
+  validation: Validation | null;
+  directory: RunDirectory;
+  start: CheckpointState | null;
+  warnings: WarningEvent[];
+}
+
+export interface TrainerOptions {
+  /** Told of the preparation of the training data. */
+  onProgress?: (progress: DataProgress) => void;
+  /** Stops the preparation. */
+  signal?: AbortSignal;
+}
+
+/**
+ * Trains one network. Make it with Trainer.create, iterate over run() once, then dispose() it.
+ */
+export class Trainer {
+  /** With every default filled in, and the precision that the device gave. */
+  readonly config: Config;
+  readonly plan: TrainingPlan;
+  private state: 'idle' | 'running' | 'done' | 'disposed' = 'idle';
+  private step = 0;
+  private epochParts: Progress[] = [];
+  private validations: CheckpointState['validations'] = [];
+  private secondsBefore = 0;
+  private startedMs = performance.now();
+  private msPerStep: number | null = null;
+  private checkpointed: number | null = null;
+  private readonly health: Health;
+
+  private constructor(private readonly parts: Parts) {
+    this.config = parts.config;
+    this.plan = parts.plan;
+    this.health = new Health(
+      parts.config,
+      parts.loss,
+      parts.plan.identities,
+      parts.plan.stepsPerEpoch,
+    );
+    const { start } = parts;
+    if (start) {
+      this.step = start.step;
+      this.epochParts = start.epochProgress ? [start.epochProgress] : [];
+      this.validations = start.validations;
+      this.secondsBefore = start.seconds;
+      this.checkpointed = start.step;
+    }
+  }
+
+  /** Steps done so far. */
+  get stepsDone(): number {
+    return this.step;
+  }
+
+  /**
+   * Checks the configuration, opens and, where needed, packs the data, and makes the network; with
+   * `resume` it takes up the newest sound checkpoint. Nothing is written into the run directory.
+   *
+   * @throws HardmineError ERR_CONFIG for settings, ERR_IO for a run directory that cannot be written,
+   *   ERR_DATA for data, ERR_CHECKPOINT where no checkpoint is sound, ERR_DEVICE_UNAVAILABLE
+   */
+  static async create(input: ConfigInput, options: TrainerOptions = {}): Promise<Trainer> {
+    const asked = resolveConfig(input);
+    const { native: loss } = resolveLoss(lossSettings(asked));
+    const directory = await RunDirectory.check(asked.out, asked.resume);
+    await checkEvaluation(asked);
+    const found = asked.resume ? await resumeFrom(directory, asked) : null;
+    const precision = asked.precision ?? found?.config.precision;
+    const { addon, execution } = chooseDevice({
+      device: asked.device,
+      threads: asked.threads,
+      deterministic: asked.deterministic,
+      ...(precision && { precision }),
+    });
+    const device = addon.devices()[execution.device]!;
+    const config: Config = { ...asked, precision: execution.precision };
+    const warnings = found?.warnings ?? [];
+
+    const dispose: { dispose(): Promise<void> }[] = [];
+    try {
+      const dataset = await openDataset(config.data, {
+        cacheDir: join(dirname(config.out), '.hardmine-cache'),
+        ...options,
+      });
+      dispose.push(dataset);
+      const data = fingerprintOf(dataset);
+      if (found?.checkpoint) checkSameData(config.data, found.checkpoint.state.data, data);
+      const split = splitOf(dataset, config);
+      const { images, labels, classes } = split.train;
+      if (images.length < config.batch) {
+        throw new HardmineError(
+          'ERR_DATA',
+          `${config.data} has ${images.length} images to train on, fewer than the batch of ${config.batch}: lower batch to at most that, or add images`,
+        );
+      }
+      const threads = execution.threads || device.threads;
+      const decodeThreads =
+        addon.backend === 'cpu'
+          ? Math.max(1, Math.round(threads / THREADS_PER_DECODER))
+          : Math.min(16, availableParallelism());
+      const session = await addon.createSession(
+        {
+          network: {
+            architecture: config.network,
+            embedding: config.embedding,
+            embeddingBatchNorm: config.embeddingNorm === 'batch',
+          },
+          classes,
+          loss,
+          implementation: 'fused',
+          batch: config.batch,
+          seed: config.seed,
+        },
+        execution,
+      );
+      dispose.push(session);
+      const batches = await dataset.records.batches({
+        images,
+        labels,
+        batch: config.batch,
+        seed: config.seed,
+        mirror: config.augment.flip,
+        crop: config.augment.crop,
+        decodeThreads,
+        execution: addon.backend === 'cuda' ? execution : null,
+      });
+      dispose.push(batches);
+      const environment = environmentOf(addon.backend, device, config, threads);
+      if (found?.checkpoint) {
+        await restore(session, found.checkpoint);
+        const { state } = found.checkpoint;
+        await batches.seek(state.epoch, state.stepInEpoch);
+        warnings.push(...environmentWarnings(state.environment, environment));
+      }
+      return new Trainer({
+        config,
+        loss,
+        plan: {
+          images: images.length,
+          identities: classes,
+          heldOutImages: split.validation?.images.length ?? 0,
+          stepsPerEpoch: batches.stepsPerEpoch,
+          totalSteps: batches.stepsPerEpoch * config.epochs,
+          backend: addon.backend,
+          device: device.name,
+          precision: execution.precision,
+          threads,
+        },
+        dataset,
+        data,
+        environment,
+        session,
+        batches,
+        validation: await validationOf(config, dataset, split.validation, session),
+        directory,
+        start: found?.checkpoint?.state ?? null,
+        warnings,
+      });
+    } catch (error) {
+      for (const part of dispose.reverse()) await part.dispose();
+      throw error;
+    }
+  }
+
+  /**
+   * Trains to the end and yields what happens. After `signal` it stops at the next step, writes a
+   * checkpoint and throws ERR_ABORTED, which names it; any other error leaves the checkpoints as they
+   * are.
+   */
+  async *run({ signal }: { signal?: AbortSignal } = {}): AsyncGenerator<TrainerEvent, void, void> {
+    this.begin();
+    const { config, directory, session, plan } = this.parts;
+    const cancel = () => session.cancel();
+    signal?.addEventListener('abort', cancel);
+    try {
+      await directory.open(config, this.step);
+      await removeStale(directory.checkpoints);
+      // Of a run that was finished and goes on for more epochs.
+      if (this.step < plan.totalSteps) await directory.remove(['evaluation.json', 'report.html']);
+      yield* this.parts.warnings;
+      this.startedMs = performance.now();
+      while (this.step < plan.totalSteps) {
+        if (signal?.aborted) {
+          const event = await this.checkpoint();
+          yield event;
+          throw new HardmineError(
+            'ERR_ABORTED',
+            `training was stopped after step ${this.step} of ${plan.totalSteps}; go on from ${event.path} with --resume`,
+            { cause: signal.reason },
+          );
+        }
+        yield* this.trainSome();
+      }
+      yield* this.finish(signal);
+      this.state = 'done';
+    } finally {
+      signal?.removeEventListener('abort', cancel);
+      await directory.close();
+      if (this.state === 'running') this.state = 'done';
+    }
+  }
+
+  /** Stops work under way and frees everything; may be called twice. */
+  async dispose(): Promise<void> {
+    this.state = 'disposed';
+    const { batches, session, dataset } = this.parts;
+    await session.dispose();
+    await batches.dispose();
+    await dataset.dispose();
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.dispose();
+  }
+
+  private begin(): void {
+    if (this.state === 'disposed') {
+      throw new HardmineError('ERR_DISPOSED', 'this Trainer was disposed: create a new one');
+    }
+    if (this.state !== 'idle') {
+      throw new HardmineError(
+        'ERR_BUSY',
+        'run() of this Trainer was called already: create a new one, with resume to go on with the run',
+      );
+    }
+    this.state = 'running';
+  }
+
+  private get seconds(): number {
+    return this.secondsBefore + (performance.now() - this.startedMs) / 1000;
+  }
+
+  /** The epoch that the next step belongs to, from 1, and its steps done. */
+  private get position(): { epoch: number; stepInEpoch: number } {
+    const { stepsPerEpoch } = this.plan;
+    return {
+      epoch: 1 + Math.floor(this.step / stepsPerEpoch),
+      stepInEpoch: this.step % stepsPerEpoch,
+    };
+  }
+
+  /** One native call and what falls due after it. */
+  private async *trainSome(): AsyncGenerator<TrainerEvent, void, void> {
+    const { config, session, batches, directory } = this.parts;
+    const { stepsPerEpoch, totalSteps } = this.plan;
+    const { epoch, stepInEpoch } = this.position;
+    const toCheckpoint = config.checkpointEvery
+      ? config.checkpointEvery - (this.step % config.checkpointEvery)
+      : stepsPerEpoch;
+    const boundary = Math.min(stepsPerEpoch - stepInEpoch, toCheckpoint);
+    const first = this.step;
+    const settings = Array.from({ length: stepsPerCall(this.msPerStep, boundary) }, (_, i) =>
+      stepSettings(config, first + i, stepsPerEpoch),
+    );
+    const startMs = performance.now();
+    const stats = await session.train(batches, settings);
+    const done = stats.length;
+    if (done === 0) return; // cancelled before the first step
+    const callMs = performance.now() - startMs;
+    this.msPerStep = callMs / done;
+    this.step += done;
+    const progress = progressOf(stats);
+    this.epochParts.push(progress);
+
+    const last = settings[done - 1]!;
+    const { steps: _, rows, ...means } = progress;
+    const line: MetricsLine = {
+      step: this.step,
+      epoch,
+      time: this.seconds,
+      ...means,
+      lr: last.lr,
+      imagesPerSecond: (1000 * rows) / callMs,
+      marginFactor: last.marginFactor,
+      lambda: last.lambda,
+    };
+    await directory.append(line);
+    yield { type: 'step', ...line };
+    if (first === 0) yield* this.checkFirst(stats[0]!, settings[0]!.marginFactor);
+    for (const warning of this.health.observe(progress, this.step, last.marginFactor)) {
+      yield { type: 'warning', ...warning };
+    }
+
+    const endsEpoch = this.step % stepsPerEpoch === 0;
+    if (endsEpoch) yield* this.endEpoch(epoch);
+    const due = config.checkpointEvery
+      ? this.step % config.checkpointEvery === 0 || this.step === totalSteps
+      : endsEpoch;
+    if (due) yield await this.checkpoint();
+  }
+
+  private *checkFirst(stats: NativeStepStats, marginFactor: number): Iterable<TrainerEvent> {
+    const { config, loss, plan } = this.parts;
+    const inForce = {
+      ...loss,
+      m1: 1 + (loss.m1 - 1) * marginFactor,
+      m2: loss.m2 * marginFactor,
+      m3: loss.m3 * marginFactor,
+    };
+    const expected = expectedFirstLoss(
+      inForce,
+      plan.identities,
+      config.embedding,
+      stats.embeddingNorm,
+    );
+    const warning = checkFirstLoss(
+      stats.baseLoss,
+      expected,
+      inForce.normScale ? stats.embeddingNorm : inForce.scale,
+      config,
+    );
+    if (warning) yield { type: 'warning', ...warning };
+  }
+
+  private async *endEpoch(epoch: number): AsyncGenerator<TrainerEvent, void, void> {
+    const { config, validation } = this.parts;
+    const mean = meanProgress(this.epochParts);
+    this.epochParts = [];
+    yield {
+      type: 'epoch',
+      epoch,
+      step: this.step,
+      loss: mean.loss,
+      baseLoss: mean.baseLoss,
+      accuracy: mean.accuracy,
+      silenced: mean.silenced,
+      kept: mean.kept,
+      amplified: mean.amplified,
+    };
+    if (epoch % config.validateEvery !== 0 && epoch !== config.epochs) return;
+    const info: ModelInfo = { configHash: configHash(config) };
+    let isBest = true;
+    if (validation) {
+      const event = await this.validate(validation, epoch);
+      info.threshold = event.threshold;
+      isBest = event.best;
+      yield event;
+    }
+    await this.saveModels(info, isBest);
+  }
+
+  private async validate(validation: Validation, epoch: number): Promise<ValidationEvent> {
+    const { pairs } = validation;
+    const result = evaluatePairs({
+      embeddings: await validation.embed(),
+      dim: this.config.embedding,
+      pairs,
+    });
+    const accuracy = result.accuracy.mean;
+    // Of unit vectors, |a - b|^2 = 2 - 2 cos.
+    const cosines = result.details.distances.map((distance) => 1 - distance / 2);
+    const best = this.validations.every((earlier) => accuracy > earlier.accuracy);
+    this.validations.push({ epoch, step: this.step, accuracy });
+    return {
+      type: 'validation',
+      epoch,
+      step: this.step,
+      pairs: pairs.length,
+      accuracy,
+      threshold: bestThreshold(cosines, result.details.same),
+      best,
+    };
+  }
+
+  private async saveModels(info: ModelInfo, best: boolean): Promise<void> {
+    const { directory } = this.parts;
+    const tensors = (await this.readTensors()).model;
+    await writeModel(directory.file('last.safetensors'), tensors, info);
+    if (best) await writeModel(directory.file('best.safetensors'), tensors, info);
+  }
+
+  private async readTensors(): Promise<Record<'model' | 'head' | 'optimizer', TensorMap>> {
+    const { session } = this.parts;
+    const files = { model: new Map(), head: new Map(), optimizer: new Map() } satisfies Record<
+      string,
+      TensorMap
+    >;
+    for (const { name, shape, role } of session.tensors) {
+      const tensor = { dtype: 'F32', shape, data: await session.read(name) } as const;
+      files[fileOfTensor(name, role)].set(name, tensor);
+    }
+    return files;
+  }
+
+  private async checkpoint(): Promise<CheckpointEvent> {
+    const { config, directory, data, environment } = this.parts;
+    const { epoch, stepInEpoch } = this.position;
+    const path = await writeCheckpoint(
+      directory.checkpoints,
+      await this.readTensors(),
+      {
+        step: this.step,
+        epoch,
+        stepInEpoch,
+        seconds: this.seconds,
+        epochProgress: this.epochParts.length > 0 ? meanProgress(this.epochParts) : null,
+        validations: this.validations,
+        config: { ...config },
+        configHash: configHash(config),
+        data,
+        environment,
+      },
+      config.keep,
+    );
+    this.checkpointed = this.step;
+    return { type: 'checkpoint', step: this.step, path };
+  }
+
+  /** LFW, once, by the best model, and the report. */
+  private async *finish(signal: AbortSignal | undefined): AsyncGenerator<TrainerEvent, void, void> {
+    const { config, directory, environment } = this.parts;
+    if (this.checkpointed !== this.step) yield await this.checkpoint();
+    // Written last: where it stands, the run is finished.
+    if (await exists(directory.file('report.html'))) return;
+    let evaluation: LfwResult | null = null;
+    if (evaluatesLfw(config)) {
+      const model = directory.file('best.safetensors');
+      evaluation = await evaluateBest(model, config, signal);
+      const { details: _, ...figures } = evaluation;
+      await directory.writeJson('evaluation.json', { ...figures, model });
+      yield { type: 'evaluation', result: evaluation, model };
+    }
+    const { validations, seconds } = this;
+    await writeRunReport(directory, { config, environment, validations, seconds, evaluation });
+  }
+}
+
+async function evaluateBest(
+  path: string,
+  config: Config,
+  signal: AbortSignal | undefined,
+): Promise<LfwResult> {
+  const { device, threads, lfw, lfwPairs } = config;
+  const model = await FaceModel.load(path, { device, precision: 'fp32', threads });
+  try {
+    return await evaluateLfw(model, {
+      root: lfw!,
+      ...(lfwPairs && { pairs: lfwPairs }),
+      ...(signal && { signal }),
+    });
+  } finally {
+    await model.dispose();
+  }
+}
+
+function progressOf(stats: readonly NativeStepStats[]): Progress {
+  return meanProgress(
+    stats.map(({ rows, correct, silenced, kept, amplified, ...means }) => ({
+      ...means,
+      steps: 1,
+      rows,
+      accuracy: correct / rows,
+      silenced: silenced / rows,
+      kept: kept / rows,
+      amplified: amplified / rows,
+    })),
+  );
+}
+
+async function exists(path: string): Promise<boolean> {
+  return stat(path).then(
+    () => true,
+    () => false,
+  );
+}
+
+function isPairsFile(config: Config): boolean {
+  return config.validation !== 'identities' && config.validation !== 'none';
+}
+
+/** Whether LFW is evaluated at the end; `lfw` may also be given for a validation on its pairs alone. */
+function evaluatesLfw(config: Config): boolean {
+  return config.lfw !== undefined && (config.lfwPairs !== undefined || !isPairsFile(config));
+}
+
+/** What the end of a long run needs is looked at before its start. */
+async function checkEvaluation(config: Config): Promise<void> {
+  if (!evaluatesLfw(config)) return;
+  await readPairs(config.lfwPairs ?? join(config.lfw!, 'pairs.txt'), config.lfw!);
+}
+
+async function readPairs(list: string, root: string) {
+  const text = await readFile(list, 'utf8').catch((cause: unknown) => {
+    throw new HardmineError(
+      'ERR_PROTOCOL',
+      `the list of pairs ${list} cannot be read: give LFW's pairs.txt as --lfw-pairs`,
+      { cause },
+    );
+  });
+  const { images, pairs } = parseLfwPairs(text, list);
+  return { paths: await findImages(root, images), pairs };
+}
+
+interface Resumption {
+  /** As it was. */
+  config: Config;
+  checkpoint: FoundCheckpoint | null;
+  warnings: WarningEvent[];
+}
+
+async function resumeFrom(directory: RunDirectory, asked: Config): Promise<Resumption> {
+  const config = resolveConfig(await directory.readConfig());
+  const changed = changedOnResume(config, {
+    ...asked,
+    ...(asked.precision === undefined && config.precision && { precision: config.precision }),
+  });
+  if (changed !== null) {
+    throw new HardmineError(
+      'ERR_CONFIG',
+      `the run in ${directory.path} was started with ${changed} ${JSON.stringify(config[changed] ?? null)} and cannot go on with ${JSON.stringify(asked[changed] ?? null)}: leave ${changed} as it was, or start another run`,
+    );
+  }
+  const { found, rejected } = await findCheckpoint(directory.checkpoints);
+  const warnings = rejected.map(
+    (message): WarningEvent => ({
+      type: 'warning',
+      kind: 'checkpoint',
+      message,
+    }),
+  );
+  if (found === null) {
+    warnings.push({
+      type: 'warning',
+      kind: 'checkpoint',
+      message: `${directory.path} has no checkpoint yet, so training starts at step 0`,
+    });
+  }
+  return { config, checkpoint: found, warnings };
+}
+
+function fingerprintOf(dataset: Dataset): CheckpointState['data'] {
+  const { labels, records } = dataset;
+  const hash = createHash('sha256');
+  hash.update(new Uint8Array(labels.buffer, labels.byteOffset, labels.byteLength));
+  const { offsets } = records;
+  hash.update(new Uint8Array(offsets.buffer, offsets.byteOffset, offsets.byteLength));
+  return { images: dataset.images, identities: dataset.identities, sha256: hash.digest('hex') };
+}
+
+function checkSameData(
+  path: string,
+  before: CheckpointState['data'],
+  now: CheckpointState['data'],
+): void {
+  if (before.sha256 === now.sha256) return;
+  throw new HardmineError(
+    'ERR_CONFIG',
+    `${path} is not the data that the run was started with (${now.images} images of ${now.identities} identities now, ${before.images} of ${before.identities} then, or in another order): give the same data, or start another run`,
+  );
+}
+
+interface Split {
+  train: { images: Int32Array; labels: Int32Array; classes: number };
+  validation: { images: Int32Array; labels: Int32Array } | null;
+}
+
+function splitOf(dataset: Dataset, config: Config): Split {
+  if (config.validation === 'identities') return splitIdentities(dataset, { seed: config.seed });
+  const { labels, identities } = dataset;
+  const images = Int32Array.from(labels.keys());
+  return { train: { images, labels, classes: identities }, validation: null };
+}
+
+async function validationOf(
+  config: Config,
+  dataset: Dataset,
+  heldOut: Split['validation'],
+  session: NativeSession,
+): Promise<Validation | null> {
+  if (heldOut) return heldOutValidation(config, dataset, heldOut, session);
+  if (!isPairsFile(config)) return null;
+  const { paths, pairs } = await readPairs(config.validation, config.lfw!);
+  const model = {
+    embedding: config.embedding,
+    async embed(images: Uint8Array | string[], { mirror = false } = {}): Promise<Float32Array> {
+      return session.embed(Array.isArray(images) ? await decodeImages(images) : images, mirror);
+    },
+  };
+  return { pairs, embed: () => embedForPairs(model, { images: paths }) };
+}
+
+/** Pairs of held-out identities; only images that a pair names are embedded. */
+function heldOutValidation(
+  config: Config,
+  dataset: Dataset,
+  heldOut: { images: Int32Array; labels: Int32Array },
+  session: NativeSession,
+): Validation {
+  const drawn = validationPairs(heldOut.labels, { pairs: VALIDATION_PAIRS, seed: config.seed });
+  const rows = new Map<number, number>();
+  const rowOf = (position: number): number => {
+    const row = rows.get(position) ?? rows.size;
+    rows.set(position, row);
+    return row;
+  };
+  const pairs = Array.from(
+    drawn.a,
+    (a, i): VerificationPair => ({
+      a: rowOf(a),
+      b: rowOf(drawn.b[i]!),
+      same: drawn.same[i] === 1,
+      fold: drawn.fold[i]!,
+    }),
+  );
+  const indices = Int32Array.from([...rows.keys()], (position) => heldOut.images[position]!);
+  const embed = async (): Promise<Float32Array> => {
+    const embeddings = new Float32Array(indices.length * config.embedding);
+    for (let from = 0; from < indices.length; from += EMBED_IMAGES) {
+      const pixels = await dataset.records.decode(indices.subarray(from, from + EMBED_IMAGES));
+      const plain = await session.embed(pixels, false);
+      const mirrored = await session.embed(pixels, true);
+      embeddings.set(
+        plain.map((value, i) => value + mirrored[i]!),
+        from * config.embedding,
+      );
+    }
+    return embeddings;
+  };
+  return { pairs, embed };
+}
+
+/** What the bits of a run depend on besides its configuration. */
+function environmentOf(
+  backend: string,
+  device: NativeDevice,
+  config: Config,
+  threads: number,
+): Record<string, string> {
+  return {
+    backend,
+    device: device.name,
+    ...device.details,
+    threads: String(threads),
+    precision: config.precision ?? '',
+  };
+}
+
+function environmentWarnings(
+  before: Record<string, string>,
+  now: Record<string, string>,
+): WarningEvent[] {
+  const changed = [...new Set([...Object.keys(before), ...Object.keys(now)])].filter(
+    (key) => before[key] !== now[key],
+  );
+  if (changed.length === 0) return [];
+  const list = changed.map((key) => `${key} ${now[key] ?? '?'} (was ${before[key] ?? '?'})`);
+  return [
+    {
+      type: 'warning',
+      kind: 'environment',
+      message: `the run goes on under other conditions, ${list.join(', ')}, so its weights will not be bit-identical to an uninterrupted run's`,
+    },
+  ];
+}
+
+async function restore(session: NativeSession, { path }: FoundCheckpoint): Promise<void> {
+  const saved = await readCheckpointTensors(path);
+  const damaged = (what: string): HardmineError =>
+    new HardmineError(
+      'ERR_CHECKPOINT',
+      `the checkpoint ${path} ${what}: it belongs to another network or version; start another run`,
+    );
+  for (const { name, shape } of session.tensors) {
+    const tensor = saved.get(name);
+    if (tensor === undefined) throw damaged(`lacks the tensor ${name}`);
+    if (tensor.dtype !== 'F32' || tensor.shape.join() !== shape.join()) {
+      throw damaged(
+        `has ${name} as [${tensor.shape.join(', ')}] where [${shape.join(', ')}] is expected`,
+      );
+    }
+    await session.write(name, tensor.data);
+    saved.delete(name);
+  }
+  const [extra] = saved.keys();
+  if (extra !== undefined) throw damaged(`has the tensor ${extra}, which this network lacks`);
+}

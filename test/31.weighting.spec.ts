@@ -1,0 +1,262 @@
+import assert from 'node:assert/strict';
+import { HardmineError } from '../src/errors.js';
+import {
+  expectedFirstLoss,
+  type LossSettings,
+  lambdaAt,
+  plateauLoss,
+  resolveLoss,
+  type Weighting,
+} from '../src/loss.js';
+import { weightLosses } from '../src/weighting.js';
+import { weightingOf } from './helpers/head-cases.js';
+import { weightedLosses } from './helpers/reference-head.js';
+
+function errorLike(code: string, pattern: RegExp) {
+  return (error: unknown) => {
+    assert.ok(error instanceof HardmineError, String(error));
+    assert.equal(error.code, code, error.message);
+    assert.match(error.message, pattern);
+    return true;
+  };
+}
+
+function assertNear(found: number, expected: number, tolerance: number): void {
+  assert.ok(Math.abs(found - expected) <= tolerance, `${found} where ${expected} is expected`);
+}
+
+describe('weightLosses', () => {
+  /** From nothing over the gate (0.68) to where its exponential leaves fp32 and double. */
+  const losses = [
+    0, 1e-300, 1e-9, 0.1, 0.3, 0.5, 0.6, 0.65, 0.6818, 0.6858, 0.75, 0.8, 1, 3, 25, 1e3, 1e300,
+  ];
+
+  for (const form of ['equation', 'algorithm'] as const) {
+    for (const reduction of ['sample', 'batch'] as const) {
+      for (const parameters of [{}, { alpha: 2, beta: 0.9, A: 20, B: 0.5 }]) {
+        const weighting: Weighting = { kind: 'hard-mining', form, reduction, ...parameters };
+        it(`is the double formula: ${JSON.stringify(weighting)}`, () => {
+          // The batch's mean is taken inside the gate, or it would be 1e299.
+          const given = reduction === 'sample' ? losses : losses.slice(3, 13);
+          const found = weightLosses(given, weighting);
+          const expected = weightedLosses(Float64Array.from(given), weightingOf(weighting));
+          for (const [i, loss] of given.entries()) {
+            // Rounding of exp's argument, up to 700 where exp is a normal number, and no more.
+            const near = (a: number, b: number) =>
+              assertNear(a, b, 1e-12 * Math.max(1e-12, Math.abs(b)));
+            near(found.weighted[i]!, expected.values[i]!);
+            near(found.gradientWeight[i]!, expected.slopes[i]!);
+            assert.ok(Number.isFinite(found.weighted[i]!), `HM(${loss}) is finite`);
+          }
+        });
+      }
+    }
+  }
+
+  it("has the paper's figures", () => {
+    // Loss, HM / L of Equation 2, dHM/dL of Equation 2 and of Algorithm 1, rounded as given there.
+    const table: [number, number, number, number][] = [
+      [0.5, 1.4e-3, 0.028, 0.03],
+      [0.6, 0.062, 1.43, 1.57],
+      [0.65, 0.341, 6.93, 7.62],
+      [0.6858, Number.NaN, 10.65, 11.72],
+      [0.75, 1.4, 4.13, 4.54],
+      [0.8, 1.48, 1.96, 2.16],
+      [1, 1.5, 1.5, 1.65],
+    ];
+    for (const [loss, ratio, equation, algorithm] of table) {
+      const eq2 = weightLosses([loss], { kind: 'hard-mining' });
+      const alg1 = weightLosses([loss], { kind: 'hard-mining', form: 'algorithm' });
+      // Half of the last digit given is up to 4 % of the figure.
+      if (!Number.isNaN(ratio)) assertNear(eq2.weighted[0]! / loss, ratio, 0.04 * ratio);
+      assertNear(eq2.gradientWeight[0]!, equation, 0.04 * equation);
+      assertNear(alg1.gradientWeight[0]!, algorithm, 0.04 * algorithm);
+      assertNear(alg1.weighted[0]!, 1.1 * eq2.weighted[0]!, 1e-12);
+    }
+  });
+
+  it('has on the batch one factor for all, and weighted losses whose mean is HM of the mean', () => {
+    const batch = [0.4, 0.7, 1];
+    const weighting: Weighting = { kind: 'hard-mining', reduction: 'batch' };
+    const { weighted, gradientWeight } = weightLosses(batch, weighting);
+    const whole = weightLosses([0.7], { kind: 'hard-mining' });
+    const mean = weighted.reduce((a, b) => a + b) / batch.length;
+    assertNear(mean, whole.weighted[0]!, 1e-12);
+    for (const factor of gradientWeight) assertNear(factor, whole.gradientWeight[0]!, 1e-10);
+  });
+
+  it('gives losses of nothing at all nothing, not NaN', () => {
+    const { weighted } = weightLosses([0, 0], { kind: 'hard-mining', reduction: 'batch' });
+    assert.deepEqual([...weighted], [0, 0]);
+  });
+
+  it('leaves losses as they are without weighting, and takes every kind of array', () => {
+    for (const given of [[0.5, 2], Float32Array.of(0.5, 2), Float64Array.of(0.5, 2)]) {
+      const { weighted, gradientWeight } = weightLosses(given, { kind: 'none' });
+      assert.deepEqual([...weighted], [0.5, 2]);
+      assert.deepEqual([...gradientWeight], [1, 1]);
+    }
+  });
+
+  it('refuses no losses, and one that is not finite', () => {
+    const weighting: Weighting = { kind: 'hard-mining' };
+    assert.throws(() => weightLosses([], weighting), errorLike('ERR_INPUT', /no losses/));
+    for (const loss of [Number.NaN, Number.POSITIVE_INFINITY]) {
+      assert.throws(
+        () => weightLosses(Float32Array.of(1, loss), weighting),
+        errorLike('ERR_INPUT', /Loss 1 is (NaN|Infinity)/),
+      );
+    }
+  });
+});
+
+describe('the settings of a loss', () => {
+  it("become the addon's, with the defaults of the literature", () => {
+    const plain = { m1: 1, m2: 0, m3: 0, scale: 64, normScale: false, lambda: 0 };
+    const options = { mirror: true, detached: false };
+    const none = {
+      kind: 'none',
+      alpha: 1.5,
+      beta: 1.1,
+      A: 35,
+      B: 0.75,
+      form: 'equation',
+      reduction: 'sample',
+    };
+    const rest = { ...options, weighting: none };
+    const cases: [LossSettings, object][] = [
+      [{ base: { kind: 'softmax' } }, { base: 'softmax', ...plain, scale: 1, ...rest }],
+      [{ base: { kind: 'arcface' } }, { base: 'margin', ...plain, m2: 0.5, ...rest }],
+      [
+        { base: { kind: 'cosface', scale: 30 } },
+        { base: 'margin', ...plain, scale: 30, m3: 0.35, ...rest },
+      ],
+      [
+        {
+          base: { kind: 'combined', m1: 0.9, m2: 0.4, m3: 0.15 },
+          gradient: 'detached',
+          beyondPi: 'none',
+        },
+        {
+          base: 'margin',
+          ...plain,
+          m1: 0.9,
+          m2: 0.4,
+          m3: 0.15,
+          ...rest,
+          mirror: false,
+          detached: true,
+        },
+      ],
+      [
+        {
+          base: { kind: 'a-softmax' },
+          weighting: { kind: 'hard-mining', form: 'algorithm', A: 20 },
+        },
+        {
+          base: 'margin',
+          ...plain,
+          scale: 1,
+          m1: 4,
+          normScale: true,
+          lambda: 1000,
+          ...options,
+          weighting: { ...none, kind: 'hard-mining', form: 'algorithm', A: 20 },
+        },
+      ],
+    ];
+    for (const [settings, expected] of cases) {
+      assert.deepEqual(resolveLoss(settings).native, expected);
+    }
+  });
+
+  const refused: [unknown, RegExp][] = [
+    [
+      { base: { kind: 'arcfase' } },
+      /loss\.base\.kind is "arcfase": expected "softmax", "a-softmax"/,
+    ],
+    [{ base: { kind: '__proto__' } }, /loss\.base\.kind is "__proto__"/],
+    [{}, /loss\.base\.kind is undefined/],
+    [null, /loss is null/],
+    [
+      { base: { kind: 'arcface', scal: 30 } },
+      /loss\.base has an unknown key "scal": the nearest known one is "scale"/,
+    ],
+    [
+      { base: { kind: 'softmax' }, weighing: {} },
+      /loss has an unknown key "weighing": .* "weighting"/,
+    ],
+    [{ base: { kind: 'arcface', scale: 0 } }, /loss\.base\.scale is 0: /],
+    [{ base: { kind: 'arcface', scale: Number.NaN } }, /loss\.base\.scale is NaN: /],
+    [
+      { base: { kind: 'arcface', margin: Number.POSITIVE_INFINITY } },
+      /loss\.base\.margin is Infinity: /,
+    ],
+    [{ base: { kind: 'arcface', margin: 4 } }, /loss\.base\.margin is 4: /],
+    [{ base: { kind: 'arcface', margin: '0.5' } }, /loss\.base\.margin is "0\.5": /],
+    [{ base: { kind: 'cosface', margin: -0.1 } }, /loss\.base\.margin is -0\.1: /],
+    [{ base: { kind: 'combined', m1: 0 } }, /loss\.base\.m1 is 0: /],
+    [{ base: { kind: 'a-softmax', margin: 0.5 } }, /loss\.base\.margin is 0\.5: /],
+    [{ base: { kind: 'a-softmax', lambda: -1 } }, /loss\.base\.lambda is -1: /],
+    [
+      { base: { kind: 'a-softmax', lambda: { start: 5 } } },
+      /loss\.base\.lambda is .*start, decay, floor/,
+    ],
+    [
+      { base: { kind: 'a-softmax' }, beyondPi: 'none' },
+      /beyondPi is "none", which a-softmax cannot use/,
+    ],
+    [{ base: { kind: 'softmax' }, gradient: 'exakt' }, /loss\.gradient is "exakt": /],
+    [{ base: { kind: 'softmax' }, weighting: { kind: 'hard' } }, /weighting\.kind is "hard"/],
+    [
+      { base: { kind: 'softmax' }, weighting: { kind: 'hard-mining', beta: -1 } },
+      /weighting\.beta is -1: /,
+    ],
+    [
+      { base: { kind: 'softmax' }, weighting: { kind: 'hard-mining', a: 1 } },
+      /unknown key "a": .* "A"/,
+    ],
+  ];
+  for (const [settings, pattern] of refused) {
+    it(`are refused with a sentence: ${JSON.stringify(settings)}`, () => {
+      assert.throws(() => resolveLoss(settings as LossSettings), errorLike('ERR_CONFIG', pattern));
+    });
+  }
+
+  it('anneal lambda as 1 / (1 + decay step) down to the floor', () => {
+    const annealing = { start: 1000, decay: 0.12, floor: 5 };
+    assert.equal(lambdaAt(annealing, 0), 1000);
+    assert.equal(lambdaAt(annealing, 100), 1000 / 13);
+    assert.equal(lambdaAt(annealing, 1e6), 5);
+  });
+
+  it('foretell the first loss', () => {
+    const arcface = (scale: number) => resolveLoss({ base: { kind: 'arcface', scale } }).native;
+    // Published classes of CASIA-WebFace and MS1MV2; losses.md's figures, to the last digit.
+    assertNear(expectedFirstLoss(arcface(64), 10_575, 512), 43.9, 0.1);
+    assertNear(expectedFirstLoss(arcface(64), 85_742, 512), 46.0, 0.1);
+    assertNear(expectedFirstLoss(arcface(30), 10_575, 512), 24.5, 0.1);
+    const first = (settings: LossSettings, norm?: number) =>
+      expectedFirstLoss(resolveLoss(settings).native, 854, 512, norm);
+    assert.equal(first({ base: { kind: 'softmax' } }), Math.log(854));
+    assertNear(first({ base: { kind: 'cosface' } }), Math.log(854) + 4 + 64 * 0.35, 1e-9);
+    // At pi / 2 the angle of margin 4 is 2 pi, where psi is 1 - 2 * 2 = -3; the scale is the norm.
+    const aSoftmax: LossSettings = { base: { kind: 'a-softmax', margin: 4, lambda: 0 } };
+    assertNear(first(aSoftmax, 10), Math.log(854) + 100 / 1024 + 30, 1e-9);
+    assertNear(
+      first({ base: { kind: 'a-softmax', lambda: 5 } }, 10),
+      Math.log(854) + 100 / 1024 + 5,
+      1e-9,
+    );
+  });
+
+  it('foretell where a collapsed network rests', () => {
+    const plateau = (settings: LossSettings) => plateauLoss(resolveLoss(settings).native, 854);
+    // losses.md 1.4, to the last digit.
+    assertNear(plateau({ base: { kind: 'arcface' } })!, 14.6, 0.05);
+    assertNear(plateau({ base: { kind: 'arcface', scale: 16 } })!, 8.7, 0.05);
+    assertNear(plateau({ base: { kind: 'cosface' } })!, Math.log(853) + 64 * 0.35, 1e-9);
+    assertNear(plateau({ base: { kind: 'a-softmax' } })!, Math.log(853), 1e-9);
+    assert.equal(plateau({ base: { kind: 'softmax' } }), null);
+  });
+});

@@ -1,0 +1,327 @@
+import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { createHash } from 'node:crypto';
+import { accessSync, constants } from 'node:fs';
+import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { delimiter, join } from 'node:path';
+import { pathToFileURL } from 'node:url';
+import sharp from 'sharp';
+import { verification } from '../src/evaluate/verification.js';
+import { curve, type MetricsLine, orderedMetrics, trainingCharts } from '../src/report/curves.js';
+import { type ReportData, renderReport, writeReport } from '../src/report/report.js';
+import { drawChart, escapeText, niceRange, niceTicks, plainNumber } from '../src/report/svg.js';
+
+const HOSTILE = `<script>document.title='owned'</script>"><img src=x onerror=alert(1)>'&amp;`;
+
+const metrics = (n: number): MetricsLine[] =>
+  Array.from({ length: n }, (_, i) => ({
+    step: i + 1,
+    epoch: 1 + Math.floor(i / 100),
+    loss: 40 / (1 + i / 50),
+    baseLoss: 30 / (1 + i / 50),
+    accuracy: i / n,
+    lr: i < n / 2 ? 0.1 : 0.001,
+    imagesPerSecond: 200,
+    silenced: 0.5,
+    kept: 0.2,
+    amplified: 0.3,
+  }));
+
+async function reportData(): Promise<ReportData> {
+  const jpeg = await sharp({
+    create: { width: 112, height: 112, channels: 3, background: '#c08060' },
+  })
+    .jpeg()
+    .toBuffer();
+  const face = (label: string) => ({ label, jpeg });
+  const result = verification({
+    distances: Array.from({ length: 60 }, (_, i) => (i % 2 ? 1.5 : 0.5) + (i % 7) / 8),
+    same: Array.from({ length: 60 }, (_, i) => i % 2 === 0),
+    fold: Array.from({ length: 60 }, (_, i) => Math.floor(i / 6)),
+  });
+  return {
+    title: `Report of ${HOSTILE}`,
+    created: HOSTILE,
+    config: { loss: HOSTILE, weighting: { alpha: 1.5, [HOSTILE]: 1 }, milestones: [8, 12, 16] },
+    environment: { device: HOSTILE, [HOSTILE]: 'value' },
+    metrics: metrics(300),
+    validations: [{ step: 100, accuracy: 0.8 }],
+    trainingSeconds: 4000,
+    evaluatedOn: HOSTILE,
+    evaluations: [
+      { name: `trained ${HOSTILE}`, result },
+      { name: 'untrained', result },
+    ],
+    hardest: {
+      impostors: [{ a: face(HOSTILE), b: face('Bob'), distance: 0.4, wrong: true }],
+      genuine: [{ a: face('Ann'), b: face('Ann'), distance: 1.8, wrong: false }],
+    },
+  };
+}
+
+const bare = (lines: readonly MetricsLine[]): ReportData => ({
+  title: 'bare',
+  created: 'now',
+  config: {},
+  environment: {},
+  metrics: lines,
+  evaluations: [],
+});
+
+describe('report', function () {
+  this.timeout(30_000); // seconds at most when alone; the suite may share its cores
+  it('is one file that asks for nothing, under a policy that allows nothing', async () => {
+    const html = renderReport(await reportData());
+    assert.ok(!html.includes('://'), 'an address of another place');
+    assert.ok(!/@import|<script|<iframe|<object|<base/i.test(html));
+    // Whatever is loaded at all is in the file itself.
+    for (const [, url] of html.matchAll(/<[^>]*\s(?:src|href|clip-path)="([^"]*)"/g)) {
+      assert.match(url!, /^(data:|url\(#)/);
+    }
+    const policy = /http-equiv="Content-Security-Policy" content="([^"]*)"/.exec(html)?.[1];
+    const style = /<style>([\s\S]*?)<\/style>/.exec(html)?.[1];
+    const hash = createHash('sha256').update(style!).digest('base64');
+    assert.equal(
+      policy,
+      `default-src 'none'; style-src 'sha256-${hash}'; img-src data:; base-uri 'none'; form-action 'none'`,
+    );
+    assert.ok(html.indexOf(policy!) < html.indexOf('<style>'), 'the policy comes first');
+    assert.ok(!/ style="/.test(html), 'the policy would block style attributes');
+  });
+
+  it('escapes every text from outside', async () => {
+    const html = renderReport(await reportData());
+    assert.ok(!html.includes('<img src=x'));
+    assert.ok(!html.includes('"><'.concat('img')));
+    const inert = html.split(escapeText(HOSTILE)).length - 1;
+    // title twice, created, a setting and its key, the environment and its key, what was evaluated
+    // twice, the model's name in the tables and charts, the face's caption and its alternative text
+    assert.ok(inert >= 14, `${inert} escaped occurrences`);
+  });
+
+  it('shows the figures, tables and pictures it was given', async () => {
+    const data = await reportData();
+    const html = renderReport(data);
+    const { accuracy } = data.evaluations[0]!.result;
+    assert.ok(html.includes(`${(accuracy.mean * 100).toFixed(2)}%`));
+    assert.equal(html.match(/<svg /g)?.length, 7); // five curves, histogram, ROC
+    assert.equal(html.match(/data:image\/jpeg;base64,/g)?.length, 4);
+    assert.ok(html.includes('weighting.alpha'));
+    assert.ok(html.includes('8, 12, 16'));
+    assert.ok(html.includes('1 h 6 min'));
+    // Everything that is not text says in words what it shows.
+    assert.equal(html.match(/<img [^>]*alt="[^"]+"/g)?.length, html.match(/<img /g)?.length);
+    assert.equal(html.match(/<svg [^>]*aria-labelledby="/g)?.length, 7);
+    assert.equal(html.match(/<th>/g), null, 'a heading without its scope');
+    const ids = [...html.matchAll(/ id="([^"]*)"/g)].map(([, id]) => id);
+    assert.equal(new Set(ids).size, ids.length, 'an id stands twice');
+  });
+
+  it('is the same bytes for the same data', async () => {
+    assert.equal(renderReport(await reportData()), renderReport(await reportData()));
+  });
+
+  it('draws few, no, damaged and very many metrics', () => {
+    assert.match(renderReport(bare([])), /No step has been logged/);
+    const one = renderReport(bare(metrics(1)));
+    assert.equal(one.match(/<svg /g)?.length, 5);
+    const odd: MetricsLine[] = [
+      { step: 1, loss: Number.NaN, baseLoss: 2, lr: 0 },
+      { step: 2, loss: null, baseLoss: Number.POSITIVE_INFINITY, lr: 0 },
+      { step: 3, loss: 1e300, baseLoss: 1e-300, lr: 0.1 },
+      { step: Number.NaN, loss: 1 },
+    ];
+    const many = metrics(50_000);
+    const lines = [odd, odd.slice(0, 2), metrics(2), many];
+    for (const html of [one, ...lines.map((list) => renderReport(bare(list)))]) {
+      const drawn = html.replaceAll(/<(title|desc)[\s\S]*?<\/\1>/g, '');
+      assert.ok(!/NaN|Infinity|undefined/.test(drawn));
+    }
+    assert.match(renderReport(bare(odd)), /At 2 of 3 logged steps the loss was not finite/);
+    assert.ok(renderReport(bare(many)).length < 200_000, 'curves are thinned');
+  });
+
+  it('gives a failing write as one error and leaves no file', async () => {
+    const folder = await mkdtemp(join(tmpdir(), 'hardmine-report-'));
+    try {
+      await writeReport(join(folder, 'report.html'), bare([]));
+      assert.match(await readFile(join(folder, 'report.html'), 'utf8'), /^<!doctype html>/);
+      await assert.rejects(writeReport(join(folder, 'no', 'report.html'), bare([])), {
+        name: 'HardmineError',
+        code: 'ERR_IO',
+      });
+      assert.deepEqual(await readdir(folder), ['report.html']);
+    } finally {
+      await rm(folder, { recursive: true });
+    }
+  });
+
+  it('has text of contrast 4.5 and lines of contrast 3 in both themes', () => {
+    const html = renderReport(bare([]));
+    const themes = [...html.matchAll(/:root\{([^}]*)\}/g)].map(([, rules]) =>
+      Object.fromEntries([...rules!.matchAll(/--(\w+):(#\w{6})/g)].map(([, k, v]) => [k, v])),
+    );
+    assert.equal(themes.length, 2);
+    for (const theme of themes) {
+      for (const ground of ['page', 'surface']) {
+        // Series colours also stand as text: right and wrong.
+        for (const name of ['ink', 'muted', 's1', 's2', 's3']) {
+          const ratio = contrast(theme[name]!, theme[ground]!);
+          assert.ok(ratio >= 4.5, `${name} on ${ground}: ${ratio.toFixed(2)}`);
+        }
+      }
+    }
+  });
+
+  it('opens in a browser without a complaint, and nothing in it runs', async function () {
+    this.timeout(60_000); // a browser's first start on a busy machine
+    const browser = findBrowser();
+    if (!browser) {
+      console.log('      skipped: no chromium or chrome in PATH');
+      return this.skip();
+    }
+    const folder = await mkdtemp(join(tmpdir(), 'hardmine-report-'));
+    try {
+      const html = renderReport(await reportData());
+      const clean = await open(browser, folder, html);
+      assert.deepEqual(clean.complaints, []);
+      assert.match(clean.dom, /<title>Report of &lt;script&gt;/);
+      // The test can fail: a page with a script meets the policy, and says so.
+      const planted = html.replace('</main>', "<script>document.title='owned'</script></main>");
+      const dirty = await open(browser, folder, planted);
+      assert.ok(dirty.complaints.length > 0);
+      assert.ok(!dirty.dom.includes('<title>owned'));
+    } finally {
+      await rm(folder, { recursive: true, force: true, maxRetries: 5 });
+    }
+  });
+});
+
+describe('charts', function () {
+  this.timeout(30_000); // seconds at most when alone; the suite may share its cores
+  it('average neighbouring lines to at most 400 points and leave gaps', () => {
+    const points = curve(metrics(1001), 'silenced');
+    assert.ok(points.length <= 400 && points.length > 300);
+    assert.ok(points.every(([, value]) => Math.abs(value - 0.5) < 1e-12)); // a mean of three halves
+    const gap: MetricsLine[] = [1, null, 3, 4].map((loss, i) => ({ step: i, loss }));
+    assert.deepEqual(curve(gap, 'loss'), [
+      [0, 1],
+      [1, Number.NaN],
+      [2, 3],
+      [3, 4],
+    ]);
+    const [chart] = trainingCharts(gap, []);
+    const path = /<path class="line s1" d="(M[^"]*)" ?\/>\n<\/g>/.exec(drawChart(chart!))?.[1];
+    assert.equal(path?.match(/M/g)?.length, 2, `two runs in ${path}`);
+  });
+
+  it('take the later line of a step that stands twice', () => {
+    const lines = [
+      { step: 1, loss: 5 },
+      { step: 2, loss: 4 },
+      { step: 3, loss: 3 },
+      { step: 2, loss: 2 },
+    ];
+    assert.deepEqual(orderedMetrics(lines), [
+      { step: 1, loss: 5 },
+      { step: 2, loss: 2 },
+      { step: 3, loss: 3 },
+    ]);
+  });
+
+  it('have few ticks at round numbers', () => {
+    assert.deepEqual(niceTicks(0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1]);
+    assert.deepEqual(niceTicks(0, 300), [0, 50, 100, 150, 200, 250, 300]);
+    for (const [min, max] of [
+      [0, 1e-9],
+      [1e17, 1e17 + 64],
+      [-3, 7],
+      [0, 1e300],
+      [17, 3001],
+    ] as const) {
+      const ticks = niceTicks(min, max);
+      assert.ok(ticks.length >= 2 && ticks.length <= 11, `${min}..${max}: ${ticks}`);
+    }
+    assert.deepEqual(niceRange([]), { min: 0, max: 1 });
+    assert.deepEqual(niceRange([Number.NaN, 0.13, 0.87]), { min: 0, max: 1 });
+    const { min, max } = niceRange([5, 5]);
+    assert.ok(min < 5 && max > 5);
+  });
+
+  it('write numbers alike in every locale', () => {
+    assert.deepEqual([0, 1234567.5, -1234, 0.00012, 999.99999, 1e12, 0.5].map(plainNumber), [
+      '0',
+      '1,234,567.5',
+      '-1,234',
+      '1.2e-4',
+      '1,000',
+      '1e12',
+      '0.5',
+    ]);
+  });
+});
+
+/** WCAG 2.1's contrast ratio of two #rrggbb colours. */
+function contrast(a: string, b: string): number {
+  const luminance = (colour: string) => {
+    const [red, green, blue] = [1, 3, 5].map((at) => {
+      const c = Number.parseInt(colour.slice(at, at + 2), 16) / 255;
+      return c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * red! + 0.7152 * green! + 0.0722 * blue!;
+  };
+  const [low, high] = [luminance(a), luminance(b)].sort((x, y) => x - y);
+  return (high! + 0.05) / (low! + 0.05);
+}
+
+function findBrowser(): string | undefined {
+  const folders = (process.env['PATH'] ?? '').split(delimiter);
+  const names = ['chromium', 'chromium-browser', 'google-chrome'];
+  return names
+    .flatMap((name) => folders.map((folder) => join(folder, name)))
+    .find((path) => {
+      try {
+        accessSync(path, constants.X_OK);
+        return true;
+      } catch {
+        return false;
+      }
+    });
+}
+
+async function open(browser: string, folder: string, html: string) {
+  const file = join(folder, 'report.html');
+  await writeFile(file, html);
+  const child = spawn(
+    browser,
+    [
+      '--headless',
+      '--no-sandbox', // the suite may run as root, where the sandbox cannot start
+      '--disable-gpu',
+      '--disable-quic',
+      '--no-first-run',
+      '--disable-background-networking',
+      '--disable-component-update',
+      '--disable-sync',
+      `--user-data-dir=${join(folder, 'profile')}`,
+      '--enable-logging=stderr',
+      '--dump-dom',
+      pathToFileURL(file).href,
+    ],
+    { stdio: ['ignore', 'pipe', 'pipe'] },
+  );
+  let dom = '';
+  let log = '';
+  child.stdout.setEncoding('utf8').on('data', (text: string) => {
+    dom += text;
+  });
+  child.stderr.setEncoding('utf8').on('data', (text: string) => {
+    log += text;
+  });
+  const code = await new Promise<number | null>((resolve, reject) => {
+    child.on('close', resolve).on('error', reject);
+  });
+  assert.equal(code, 0, log);
+  return { dom, complaints: log.split('\n').filter((line) => line.includes('CONSOLE')) };
+}

@@ -1,0 +1,22 @@
+/** Skips that say why: `npm test` prints the reason of each above its last line. */
+import { existsSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import Mocha from 'mocha';
+
+const ROOT = dirname(dirname(dirname(fileURLToPath(import.meta.url))));
+
+/** Ends the running test (or, from a before hook, every test of its suite) as skipped. */
+export function skip(context: Mocha.Context, reason: string): never {
+  const running = context.test;
+  // In a hook the reason is the suite's, whose tests are skipped.
+  const noted = running instanceof Mocha.Hook ? running.parent : running;
+  if (noted !== undefined) Object.assign(noted, { skipReason: reason });
+  return context.skip();
+}
+
+/** The absolute path of shared test data (`faces/lfw`), or a skip where this machine has none. */
+export function shared(context: Mocha.Context, path: string): string {
+  const found = join(ROOT, '..', 'shared', path);
+  return existsSync(found) ? found : skip(context, `../shared/${path} is not there`);
+}

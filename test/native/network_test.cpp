@@ -1,0 +1,884 @@
+// The network on the CPU against an independent double-precision reference: plain loops over
+// [n][channel][row][column], written from the formulas alone.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/error.h"
+#include "core/initialise.h"
+#include "core/network.h"
+#include "core/random.h"
+#include "cpu/embedder.h"
+#include "cpu/onednn.h"
+#include "cpu/training_network.h"
+
+using namespace hardmine;
+
+namespace {
+
+using Values = std::vector<double>;
+
+std::vector<float> random_floats(size_t count, uint64_t stream, double mean, double deviation) {
+  std::vector<float> values(count);
+  for (size_t i = 0; i < count; ++i) {
+    values[i] = static_cast<float>(mean + deviation * random_normal(7, stream, i));
+  }
+  return values;
+}
+
+std::vector<uint8_t> random_images(int64_t count, int64_t size, uint64_t stream) {
+  std::vector<uint8_t> pixels(static_cast<size_t>(count * size * size * 3));
+  for (size_t i = 0; i < pixels.size(); ++i) {
+    pixels[i] = static_cast<uint8_t>(random_below(random_bits(3, stream, i), 256));
+  }
+  return pixels;
+}
+
+size_t count_of(const TensorInfo& tensor) {
+  size_t count = 1;
+  for (const int64_t side : tensor.shape) count *= static_cast<size_t>(side);
+  return count;
+}
+
+// Every operation there is, in the shapes of a ResNet but small: stem, pool, a plain block, a block
+// with a strided 1x1 beside it, average pool, linear and the batch-norm over the embedding. Channel
+// counts that are no multiple of a vector, so that padding and tails are used.
+std::vector<Node> small_network(int64_t size, int64_t first, int64_t second, int64_t embedding,
+                                bool embedding_norm) {
+  std::vector<Node> nodes;
+  const auto add = [&](Op op, const char* name, int input, int64_t out, int kernel, int stride,
+                       int padding, Activation activation = Activation::none, int residual = -1) {
+    Node node;
+    node.op = op;
+    node.name = name;
+    node.input = input;
+    node.residual = residual;
+    node.in_channels = input < 0 ? 3 : nodes[static_cast<size_t>(input)].out_channels;
+    node.out_channels = out;
+    node.in_size = input < 0 ? size : nodes[static_cast<size_t>(input)].out_size;
+    node.out_size =
+        op == Op::global_average_pool ? 1 : (node.in_size + 2 * padding - kernel) / stride + 1;
+    node.kernel = kernel;
+    node.stride = stride;
+    node.padding = padding;
+    node.activation = activation;
+    nodes.push_back(node);
+    return static_cast<int>(nodes.size()) - 1;
+  };
+  const auto relu = Activation::relu;
+  int x = add(Op::convolution, "conv1", -1, first, 7, 2, 3);
+  x = add(Op::batch_norm, "bn1", x, first, 1, 1, 0, relu);
+  x = add(Op::max_pool, "maxpool", x, first, 3, 2, 1);
+  int y = add(Op::convolution, "a.conv1", x, first, 3, 1, 1);
+  y = add(Op::batch_norm, "a.bn1", y, first, 1, 1, 0, relu);
+  y = add(Op::convolution, "a.conv2", y, first, 3, 1, 1);
+  x = add(Op::batch_norm, "a.bn2", y, first, 1, 1, 0, relu, x);
+  y = add(Op::convolution, "b.conv1", x, second, 3, 2, 1);
+  y = add(Op::batch_norm, "b.bn1", y, second, 1, 1, 0, relu);
+  y = add(Op::convolution, "b.conv2", y, second, 3, 1, 1);
+  int down = add(Op::convolution, "b.downsample.0", x, second, 1, 2, 0);
+  down = add(Op::batch_norm, "b.downsample.1", down, second, 1, 1, 0);
+  x = add(Op::batch_norm, "b.bn2", y, second, 1, 1, 0, relu, down);
+  x = add(Op::global_average_pool, "avgpool", x, second, 1, 1, 0);
+  x = add(Op::linear, "fc", x, embedding, 1, 1, 0);
+  if (embedding_norm) {
+    add(Op::batch_norm, "embedding_bn", x, embedding, 1, 1, 0);
+    nodes.back().fixed_scale = true;
+  }
+  return nodes;
+}
+
+// The reference: values and gradients of every node and parameter in double.
+class Reference {
+ public:
+  Reference(std::vector<Node> nodes, int64_t batch) : nodes_(std::move(nodes)), batch_(batch) {}
+
+  std::map<std::string, Values> parameters;  // and running statistics
+  std::map<std::string, Values> gradients;
+
+  const Values& forward(const std::vector<uint8_t>& images, const std::vector<Augmentation>& how,
+                        bool training) {
+    const int64_t size = nodes_[0].in_size;
+    image_.assign(static_cast<size_t>(batch_ * 3 * size * size), 0);
+    for (int64_t n = 0; n < batch_; ++n) {
+      const Augmentation augmentation = how.empty() ? Augmentation{} : how[static_cast<size_t>(n)];
+      for (int64_t r = 0; r < size; ++r) {
+        for (int64_t s = 0; s < size; ++s) {
+          const int64_t from_r = r - augmentation.dy;
+          const int64_t shifted = s - augmentation.dx;
+          const bool inside = from_r >= 0 && from_r < size && shifted >= 0 && shifted < size;
+          const int64_t from_s = augmentation.mirror != 0 ? size - 1 - shifted : shifted;
+          for (int64_t c = 0; c < 3; ++c) {
+            const double pixel =
+                inside ? images[at(((n * size + from_r) * size + from_s) * 3 + c)] : 0.0;
+            image_[at(((n * 3 + c) * size + r) * size + s)] = (pixel - 127.5) / 128;
+          }
+        }
+      }
+    }
+    outputs_.assign(nodes_.size(), {});
+    saved_.assign(nodes_.size(), {});
+    for (size_t i = 0; i < nodes_.size(); ++i) forward_node(i, training);
+    return outputs_.back();
+  }
+
+  void backward(const Values& grad) {
+    grads_.assign(nodes_.size(), {});
+    for (size_t i = 0; i < nodes_.size(); ++i) grads_[i].assign(outputs_[i].size(), 0);
+    grads_.back() = grad;
+    for (size_t i = nodes_.size(); i-- > 0;) backward_node(i);
+  }
+
+ private:
+  struct Saved {
+    Values mean, inverse;
+    std::vector<int64_t> chosen;
+  };
+
+  static size_t at(int64_t index) { return static_cast<size_t>(index); }
+  const Values& input_of(const Node& node) const {
+    return node.input < 0 ? image_ : outputs_[at(node.input)];
+  }
+
+  void forward_node(size_t i, bool training) {
+    const Node& node = nodes_[i];
+    const Values& x = input_of(node);
+    const int64_t in = node.in_size, out = node.out_size, k = node.kernel;
+    Values& y = outputs_[i];
+    y.assign(at(batch_ * node.out_channels * out * out), 0);
+    if (node.op == Op::convolution) {
+      const Values& w = parameters.at(node.name + ".weight");
+      over_convolution(
+          node, [&](int64_t xi, int64_t wi, int64_t yi) { y[at(yi)] += x[at(xi)] * w[at(wi)]; });
+    } else if (node.op == Op::linear) {
+      const Values& w = parameters.at(node.name + ".weight");
+      const Values& b = parameters.at(node.name + ".bias");
+      for (int64_t n = 0; n < batch_; ++n) {
+        for (int64_t o = 0; o < node.out_channels; ++o) {
+          double sum = b[at(o)];
+          for (int64_t c = 0; c < node.in_channels; ++c) {
+            sum += x[at(n * node.in_channels + c)] * w[at(o * node.in_channels + c)];
+          }
+          y[at(n * node.out_channels + o)] = sum;
+        }
+      }
+    } else if (node.op == Op::batch_norm) {
+      batch_norm(i, x, y, training);
+    } else if (node.op == Op::max_pool) {
+      saved_[i].chosen.assign(y.size(), 0);
+      for (int64_t plane = 0; plane < batch_ * node.out_channels; ++plane) {
+        for (int64_t r = 0; r < out; ++r) {
+          for (int64_t s = 0; s < out; ++s) {
+            double best = -std::numeric_limits<double>::infinity();
+            int64_t chosen = -1;
+            for (int64_t a = 0; a < k; ++a) {
+              for (int64_t b = 0; b < k; ++b) {
+                const int64_t p = r * node.stride - node.padding + a;
+                const int64_t q = s * node.stride - node.padding + b;
+                if (p < 0 || q < 0 || p >= in || q >= in) continue;
+                const int64_t xi = (plane * in + p) * in + q;
+                if (x[at(xi)] > best) best = x[at(chosen = xi)];
+              }
+            }
+            y[at((plane * out + r) * out + s)] = best;
+            saved_[i].chosen[at((plane * out + r) * out + s)] = chosen;
+          }
+        }
+      }
+    } else {
+      for (int64_t plane = 0; plane < batch_ * node.out_channels; ++plane) {
+        for (int64_t p = 0; p < in * in; ++p) y[at(plane)] += x[at(plane * in * in + p)];
+        y[at(plane)] /= static_cast<double>(in * in);
+      }
+    }
+  }
+
+  void batch_norm(size_t i, const Values& x, Values& y, bool training) {
+    const Node& node = nodes_[i];
+    const int64_t pixels = node.out_size * node.out_size, channels = node.out_channels;
+    const double count = static_cast<double>(batch_ * pixels);
+    Saved& saved = saved_[i];
+    saved.mean.assign(at(channels), 0);
+    saved.inverse.assign(at(channels), 0);
+    Values& running_mean = parameters.at(node.name + ".running_mean");
+    Values& running_var = parameters.at(node.name + ".running_var");
+    for (int64_t c = 0; c < channels; ++c) {
+      double mean = running_mean[at(c)], variance = running_var[at(c)];
+      if (training) {
+        mean = variance = 0;
+        over_channel(c, channels, pixels, [&](int64_t e) { mean += x[at(e)] / count; });
+        over_channel(c, channels, pixels,
+                     [&](int64_t e) { variance += (x[at(e)] - mean) * (x[at(e)] - mean) / count; });
+        running_mean[at(c)] = 0.9 * running_mean[at(c)] + 0.1 * mean;
+        running_var[at(c)] = 0.9 * running_var[at(c)] + 0.1 * variance * count / (count - 1);
+      }
+      saved.mean[at(c)] = mean;
+      saved.inverse[at(c)] = 1 / std::sqrt(variance + 1e-5);
+      const double gamma = gamma_of(node, c), beta = parameters.at(node.name + ".bias")[at(c)];
+      over_channel(c, channels, pixels, [&](int64_t e) {
+        double value = (x[at(e)] - mean) * saved.inverse[at(c)] * gamma + beta;
+        if (node.residual >= 0) value += outputs_[at(node.residual)][at(e)];
+        y[at(e)] = node.activation == Activation::relu ? std::max(value, 0.0) : value;
+      });
+    }
+  }
+
+  double gamma_of(const Node& node, int64_t c) const {
+    return node.fixed_scale ? 1.0 : parameters.at(node.name + ".weight")[at(c)];
+  }
+
+  void backward_node(size_t i) {
+    const Node& node = nodes_[i];
+    const Values& x = input_of(node);
+    Values g = grads_[i];
+    Values none(x.size());
+    Values& dx = node.input < 0 ? none : grads_[at(node.input)];
+    const int64_t in = node.in_size, pixels = node.out_size * node.out_size;
+    if (node.op == Op::convolution) {
+      const Values& w = parameters.at(node.name + ".weight");
+      Values& dw = gradients[node.name + ".weight"];
+      dw.assign(w.size(), 0);
+      over_convolution(node, [&](int64_t xi, int64_t wi, int64_t yi) {
+        dw[at(wi)] += x[at(xi)] * g[at(yi)];
+        dx[at(xi)] += w[at(wi)] * g[at(yi)];
+      });
+    } else if (node.op == Op::linear) {
+      const Values& w = parameters.at(node.name + ".weight");
+      Values &dw = gradients[node.name + ".weight"], &db = gradients[node.name + ".bias"];
+      dw.assign(w.size(), 0);
+      db.assign(at(node.out_channels), 0);
+      for (int64_t n = 0; n < batch_; ++n) {
+        for (int64_t o = 0; o < node.out_channels; ++o) {
+          const double d = g[at(n * node.out_channels + o)];
+          db[at(o)] += d;
+          for (int64_t c = 0; c < node.in_channels; ++c) {
+            dw[at(o * node.in_channels + c)] += d * x[at(n * node.in_channels + c)];
+            dx[at(n * node.in_channels + c)] += d * w[at(o * node.in_channels + c)];
+          }
+        }
+      }
+    } else if (node.op == Op::batch_norm) {
+      if (node.activation == Activation::relu) {
+        for (size_t e = 0; e < g.size(); ++e) g[e] = outputs_[i][e] > 0 ? g[e] : 0;
+      }
+      if (node.residual >= 0) {
+        for (size_t e = 0; e < g.size(); ++e) grads_[at(node.residual)][e] += g[e];
+      }
+      const int64_t channels = node.out_channels;
+      const double count = static_cast<double>(batch_ * pixels);
+      Values &dgamma = gradients[node.name + ".weight"], &dbeta = gradients[node.name + ".bias"];
+      dgamma.assign(at(channels), 0);
+      dbeta.assign(at(channels), 0);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double mean = saved_[i].mean[at(c)], inverse = saved_[i].inverse[at(c)];
+        over_channel(c, channels, pixels, [&](int64_t e) {
+          dbeta[at(c)] += g[at(e)];
+          dgamma[at(c)] += g[at(e)] * (x[at(e)] - mean) * inverse;
+        });
+        over_channel(c, channels, pixels, [&](int64_t e) {
+          const double normal = (x[at(e)] - mean) * inverse;
+          dx[at(e)] += gamma_of(node, c) * inverse *
+                       (g[at(e)] - dbeta[at(c)] / count - normal * dgamma[at(c)] / count);
+        });
+      }
+      if (node.fixed_scale) gradients.erase(node.name + ".weight");
+    } else if (node.op == Op::max_pool) {
+      for (size_t e = 0; e < g.size(); ++e) dx[at(saved_[i].chosen[e])] += g[e];
+    } else {
+      for (int64_t plane = 0; plane < batch_ * node.out_channels; ++plane) {
+        for (int64_t p = 0; p < in * in; ++p) {
+          dx[at(plane * in * in + p)] += g[at(plane)] / static_cast<double>(in * in);
+        }
+      }
+    }
+  }
+
+  template <typename F>
+  void over_channel(int64_t c, int64_t channels, int64_t pixels, F f) const {
+    for (int64_t n = 0; n < batch_; ++n) {
+      for (int64_t p = 0; p < pixels; ++p) f((n * channels + c) * pixels + p);
+    }
+  }
+
+  template <typename F>
+  void over_convolution(const Node& node, F f) const {
+    const int64_t in = node.in_size, out = node.out_size, k = node.kernel;
+    for (int64_t n = 0; n < batch_; ++n) {
+      for (int64_t o = 0; o < node.out_channels; ++o) {
+        for (int64_t c = 0; c < node.in_channels; ++c) {
+          for (int64_t r = 0; r < out; ++r) {
+            for (int64_t s = 0; s < out; ++s) {
+              for (int64_t a = 0; a < k; ++a) {
+                for (int64_t b = 0; b < k; ++b) {
+                  const int64_t p = r * node.stride - node.padding + a;
+                  const int64_t q = s * node.stride - node.padding + b;
+                  if (p < 0 || q < 0 || p >= in || q >= in) continue;
+                  f(((n * node.in_channels + c) * in + p) * in + q,
+                    ((o * node.in_channels + c) * k + a) * k + b,
+                    ((n * node.out_channels + o) * out + r) * out + s);
+                }
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+
+  std::vector<Node> nodes_;
+  int64_t batch_;
+  Values image_;
+  std::vector<Values> outputs_, grads_;
+  std::vector<Saved> saved_;
+};
+
+// || a - b || / || b ||
+template <typename A, typename B>
+double relative_error(const A& a, const B& b) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < b.size(); ++i) {
+    difference += std::pow(static_cast<double>(a[i]) - static_cast<double>(b[i]), 2);
+    norm += std::pow(static_cast<double>(b[i]), 2);
+  }
+  return std::sqrt(difference / std::max(norm, 1e-300));
+}
+
+// A network whose batch-norm parameters and statistics are not the trivial ones, and its reference.
+struct Pair {
+  Pair(const std::vector<Node>& nodes, int64_t batch, Precision precision, int threads = 2)
+      : network(nodes, batch, precision, threads, 5), reference(nodes, batch) {
+    uint64_t stream = 0;
+    for (const TensorInfo& tensor : network.tensors()) {
+      const size_t count = count_of(tensor);
+      std::vector<float> values(count);
+      ++stream;
+      if (tensor.role == TensorRole::momentum) {
+        values = random_floats(count, stream, 0, 0.1);
+      } else if (tensor.name.ends_with("running_var")) {
+        for (size_t i = 0; i < count; ++i) {
+          values[i] = static_cast<float>(0.5 + random_uniform(7, stream, i));
+        }
+      } else if (tensor.shape.size() == 1) {
+        const bool scale = tensor.name.ends_with(".weight");
+        values = random_floats(count, stream, scale ? 1 : 0, 0.3);
+      } else {
+        network.read(tensor.name, values);
+      }
+      network.write(tensor.name, values);
+      reference.parameters[tensor.name] = Values(values.begin(), values.end());
+    }
+  }
+  std::vector<float> read(const std::string& name) const {
+    std::vector<float> values(reference.parameters.at(name).size());
+    network.read(name, values);
+    return values;
+  }
+
+  TrainingNetwork network;
+  Reference reference;
+};
+
+bool has_bf16() {
+  return onednn::bf16_support().possible;
+}
+
+std::string error_of(const std::function<void()>& f, const char* code) {
+  try {
+    f();
+  } catch (const Error& e) {
+    CHECK(std::string(e.code()) == code);
+    return e.what();
+  }
+  return "no error";
+}
+
+// fp32 carries 6e-8 per operation, and a network this deep accumulates well below 1e-4. bf16
+// carries 4e-3 in every map and operand of some ten layers, so embeddings agree to a few
+// hundredths; of the ReLU and maximum decisions a few percent then fall otherwise, each of which
+// replaces its share of a gradient: a fifth of the norm is measured, a quarter allowed. A wrong
+// term is an error of about 1.
+struct Tolerance {
+  double forward, gradient;
+};
+constexpr Tolerance kFp32 = {1e-5, 1e-4};
+constexpr Tolerance kBf16 = {0.03, 0.25};
+
+void check_step(const std::vector<Node>& nodes, int64_t batch, Precision precision,
+                Tolerance tolerance) {
+  Pair pair(nodes, batch, precision);
+  const int64_t size = nodes[0].in_size;
+  const std::vector<uint8_t> images = random_images(batch, size, 1);
+  std::vector<Augmentation> how(static_cast<size_t>(batch));
+  for (size_t i = 0; i < how.size(); ++i) {
+    how[i].mirror = i % 2;
+    how[i].dx = static_cast<int8_t>(static_cast<int>(i) % 5 - 2);
+    how[i].dy = static_cast<int8_t>(2 - static_cast<int>(i) % 4);
+  }
+  const auto embeddings = pair.network.forward(images.data(), how.data());
+  const Values& expected = pair.reference.forward(images, how, true);
+  CHECK(relative_error(embeddings, expected) < tolerance.forward);
+
+  const std::vector<float> grad = random_floats(embeddings.size(), 99, 0, 1);
+  pair.network.backward(grad);
+  pair.reference.backward(Values(grad.begin(), grad.end()));
+  size_t compared = 0;
+  for (const auto& [name, gradient] : pair.reference.gradients) {
+    std::vector<float> ours(gradient.size());
+    pair.network.read_gradient(name, ours);
+    double norm = 0;
+    for (const double value : gradient) norm += value * value;
+    // The batch-norm over the embedding removes every shift: fc.bias has no gradient but rounding.
+    if (name == "fc.bias" && nodes.back().fixed_scale) {
+      CHECK(norm < 1e-20);
+    } else {
+      INFO(name);
+      CHECK(norm > 0);
+      CHECK(relative_error(ours, gradient) < tolerance.gradient);
+    }
+    ++compared;
+  }
+  size_t parameters = 0;
+  for (const TensorInfo& tensor : pair.network.tensors()) {
+    parameters += tensor.role == TensorRole::parameter;
+    if (tensor.role != TensorRole::statistic) continue;
+    INFO(tensor.name);
+    CHECK(relative_error(pair.read(tensor.name), pair.reference.parameters.at(tensor.name)) <
+          tolerance.forward);
+  }
+  CHECK(compared == parameters);
+}
+
+}  // namespace
+
+TEST_CASE("resnet18 has torchvision's names, shapes and sizes") {
+  const std::vector<Node> nodes = build_network({});
+  size_t convolutions = 0, norms = 0;
+  int64_t parameters = 0;
+  for (const Node& node : nodes) {
+    convolutions += node.op == Op::convolution;
+    norms += node.op == Op::batch_norm;
+    if (node.op == Op::convolution) {
+      parameters += node.out_channels * node.in_channels * node.kernel * node.kernel;
+    } else if (node.op == Op::batch_norm && !node.fixed_scale) {
+      parameters += 2 * node.out_channels;
+    } else if (node.op == Op::linear) {
+      parameters += node.out_channels * (node.in_channels + 1);
+    }
+  }
+  CHECK(convolutions == 20);
+  CHECK(norms == 21);
+  // torchvision's resnet18(num_classes=512) has 11,439,168 parameters.
+  CHECK(parameters == 11439168);
+  CHECK(nodes.front().out_size == 56);
+  CHECK(nodes[2].out_size == 28);
+  const auto downsample = std::find_if(nodes.begin(), nodes.end(), [](const Node& node) {
+    return node.name == "layer4.0.downsample.0";
+  });
+  REQUIRE(downsample != nodes.end());
+  CHECK(downsample->in_channels == 256);
+  CHECK(downsample->out_size == 4);
+  CHECK(nodes.back().name == "embedding_bn");
+  CHECK(build_network({"resnet18", 512, false}).back().name == "fc");
+  CHECK(error_of(
+            [] {
+              build_network({"resnet50", 512, true});
+            },
+            codes::kConfig)
+            .find("resnet50") != std::string::npos);
+  CHECK(error_of(
+            [] {
+              build_network({"resnet18", 0, true});
+            },
+            codes::kConfig)
+            .find("0") != std::string::npos);
+}
+
+TEST_CASE("initial values have the deviations that the contract states") {
+  Node node;
+  node.name = "x";
+  node.in_channels = 40;
+  node.out_channels = 50;
+  node.kernel = 3;
+  std::vector<float> weight(50 * 40 * 9), linear(50 * 40), bias(50), again(weight.size());
+  initialise_convolution(node, 1, weight);
+  initialise_convolution(node, 1, again);
+  CHECK(weight == again);
+  initialise_convolution(node, 2, again);
+  CHECK(weight != again);
+  const auto deviation = [](const std::vector<float>& values) {
+    double sum = 0, square = 0;
+    for (const float v : values) {
+      sum += v;
+      square += static_cast<double>(v) * v;
+    }
+    const auto n = static_cast<double>(values.size());
+    return std::sqrt(square / n - (sum / n) * (sum / n));
+  };
+  // The deviation of a sample of n normal values is off by 1 / sqrt(2 n): 0.5% here; five of those.
+  CHECK(deviation(weight) == doctest::Approx(std::sqrt(2.0 / (50 * 9))).epsilon(0.025));
+  initialise_linear(node, 1, linear, bias);
+  const double bound = 1 / std::sqrt(40.0);
+  CHECK(*std::max_element(linear.begin(), linear.end()) <= bound);
+  CHECK(*std::min_element(linear.begin(), linear.end()) >= -bound);
+  CHECK(deviation(linear) == doctest::Approx(bound / std::sqrt(3.0)).epsilon(0.05));
+  std::vector<float> classes(20000);
+  initialise_class_weights(1, classes);
+  CHECK(deviation(classes) == doctest::Approx(0.01).epsilon(0.025));
+}
+
+TEST_CASE("embeddings, gradients and running statistics equal the double reference, fp32") {
+  check_step(small_network(16, 16, 32, 24, true), 3, Precision::fp32, kFp32);
+  check_step(small_network(16, 16, 32, 24, true), 5, Precision::fp32, kFp32);
+  check_step(small_network(19, 12, 20, 7, false), 5, Precision::fp32, kFp32);
+  check_step(small_network(32, 64, 128, 16, true), 4, Precision::fp32, kFp32);
+  check_step(small_network(32, 24, 40, 16, false), 1, Precision::fp32, kFp32);
+}
+
+TEST_CASE("embeddings and gradients are near the double reference, bf16" *
+          doctest::skip(!has_bf16())) {
+  check_step(small_network(32, 16, 32, 24, false), 5, Precision::bf16, kBf16);
+  check_step(small_network(32, 64, 128, 16, true), 16, Precision::bf16, kBf16);
+}
+
+TEST_CASE("SGD steps equal the formula, with decay on weights alone or on everything") {
+  for (const bool decay_all : {false, true}) {
+    const std::vector<Node> nodes = small_network(16, 16, 32, 8, false);
+    Pair pair(nodes, 3, Precision::fp32);
+    StepSettings settings;
+    settings.lr = 0.05F;
+    settings.momentum = 0.8F;
+    settings.weight_decay = 0.1F;
+    settings.decay_all = decay_all;
+    for (uint64_t step = 0; step < 2; ++step) {
+      const std::vector<uint8_t> images = random_images(3, 16, 20 + step);
+      const auto embeddings = pair.network.forward(images.data(), nullptr);
+      pair.reference.forward(images, {}, true);
+      const std::vector<float> grad = random_floats(embeddings.size(), 30 + step, 0, 0.3);
+      pair.network.backward(grad);
+      pair.network.update(settings);
+      pair.reference.backward(Values(grad.begin(), grad.end()));
+      for (const auto& [name, gradient] : pair.reference.gradients) {
+        Values& w = pair.reference.parameters.at(name);
+        Values& v = pair.reference.parameters.at("momentum/" + name);
+        const bool decays = decay_all || name == "fc.weight" ||
+                            name.find("conv") != std::string::npos ||
+                            name == "b.downsample.0.weight";
+        for (size_t i = 0; i < w.size(); ++i) {
+          v[i] = settings.momentum * v[i] + gradient[i] +
+                 (decays ? static_cast<double>(settings.weight_decay) * w[i] : 0.0);
+          w[i] -= settings.lr * v[i];
+        }
+      }
+    }
+    for (const auto& [name, gradient] : pair.reference.gradients) {
+      INFO(name);
+      // Two fp32 steps: the second sees weights rounded by the first.
+      CHECK(relative_error(pair.read(name), pair.reference.parameters.at(name)) < 1e-5);
+      CHECK(relative_error(pair.read("momentum/" + name),
+                           pair.reference.parameters.at("momentum/" + name)) < kFp32.gradient);
+    }
+  }
+}
+
+TEST_CASE("folded embeddings equal the reference by running statistics, any number of images") {
+  for (const bool norm : {true, false}) {
+    const std::vector<Node> nodes = small_network(16, 16, 32, 24, norm);
+    const int64_t count = 75;  // a whole batch of 64, a small one of 8, and 3
+    Pair pair(nodes, 3, Precision::fp32);
+    Reference reference(nodes, count);
+    reference.parameters = pair.reference.parameters;
+    FoldedNetwork folded(nodes, Precision::fp32, 2);
+    folded.fold(
+        [&](const std::string& name, std::span<float> values) { pair.network.read(name, values); });
+    const std::vector<uint8_t> images = random_images(count, 16, 4);
+    for (const bool mirror : {false, true}) {
+      std::vector<Augmentation> how(static_cast<size_t>(count));
+      for (Augmentation& augmentation : how) augmentation.mirror = mirror ? 1 : 0;
+      const Values& expected = reference.forward(images, how, false);
+      std::vector<float> embeddings(expected.size());
+      folded.embed(images, mirror, embeddings);
+      CHECK(relative_error(embeddings, expected) < kFp32.forward);
+    }
+    // New weights are taken over.
+    std::vector<float> bias(24, 3.0F);
+    pair.network.write(norm ? "embedding_bn.bias" : "fc.bias", bias);
+    reference.parameters[norm ? "embedding_bn.bias" : "fc.bias"] = Values(24, 3.0);
+    folded.fold(
+        [&](const std::string& name, std::span<float> values) { pair.network.read(name, values); });
+    std::vector<float> embeddings(static_cast<size_t>(count) * 24);
+    folded.embed(images, false, embeddings);
+    CHECK(relative_error(embeddings, reference.forward(images, {}, false)) < kFp32.forward);
+    std::vector<float> none;
+    folded.embed({}, false, none);
+    CHECK(error_of([&] { folded.embed(images, false, none); }, codes::kInput).find("room for 0") !=
+          std::string::npos);
+    if (!has_bf16()) continue;
+    FoldedNetwork bf16(nodes, Precision::bf16, 2);
+    bf16.fold(
+        [&](const std::string& name, std::span<float> values) { pair.network.read(name, values); });
+    bf16.embed(images, false, embeddings);
+    CHECK(relative_error(embeddings, reference.forward(images, {}, false)) < kBf16.forward);
+  }
+}
+
+TEST_CASE("every tensor is read back as it was written, and unknown ones are named") {
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    if (precision == Precision::bf16 && !has_bf16()) continue;
+    Pair pair(small_network(16, 12, 20, 24, true), 3, precision);
+    for (const TensorInfo& tensor : pair.network.tensors()) {
+      const Values& written = pair.reference.parameters.at(tensor.name);
+      const std::vector<float> read = pair.read(tensor.name);
+      INFO(tensor.name);
+      CHECK(std::equal(read.begin(), read.end(), written.begin()));
+    }
+    std::vector<float> values(10);
+    CHECK(error_of([&] { pair.network.read("layer9.weight", values); }, codes::kInput)
+              .find("'layer9.weight'") != std::string::npos);
+    CHECK(error_of([&] { pair.network.write("fc.bias", values); }, codes::kInput)
+              .find("24 values, but 10") != std::string::npos);
+    CHECK(error_of([&] { pair.network.read_gradient("bn1.running_mean", values); }, codes::kInput)
+              .find("bn1.running_mean") != std::string::npos);
+  }
+}
+
+TEST_CASE("what cannot be trained is refused with a sentence") {
+  const std::vector<Node> nodes = small_network(16, 16, 32, 24, true);
+  CHECK(error_of([&] { TrainingNetwork(nodes, 1, Precision::fp32, 1, 1); }, codes::kConfig)
+            .find("embedding_bn") != std::string::npos);
+  CHECK(error_of([&] { TrainingNetwork(nodes, 0, Precision::fp32, 1, 1); }, codes::kConfig)
+            .find("batch") != std::string::npos);
+  CHECK(error_of([&] { TrainingNetwork(nodes, 4, Precision::fp16, 1, 1); }, codes::kConfig)
+            .find("fp16") != std::string::npos);
+}
+
+TEST_CASE("the first tensor that is not finite is named") {
+  const std::vector<Node> nodes = small_network(16, 16, 32, 24, true);
+  Pair pair(nodes, 3, Precision::fp32);
+  const std::vector<uint8_t> images = random_images(3, 16, 1);
+  pair.network.forward(images.data(), nullptr);
+  CHECK(pair.network.first_non_finite().empty());
+  std::vector<float> weight = pair.read("a.conv2.weight");
+  weight[17] = std::numeric_limits<float>::quiet_NaN();
+  pair.network.write("a.conv2.weight", weight);
+  pair.network.forward(images.data(), nullptr);
+  CHECK(pair.network.first_non_finite() == "a.conv2.weight");
+  std::fill(weight.begin(), weight.end(), 3e38F);  // finite, but the products overflow
+  pair.network.write("a.conv2.weight", weight);
+  pair.network.forward(images.data(), nullptr);
+  CHECK(pair.network.first_non_finite() == "output of a.conv2");
+}
+
+TEST_CASE("two runs give the same bits") {
+  const std::vector<Node> nodes = small_network(16, 16, 32, 24, true);
+  std::map<std::string, std::vector<float>> first;
+  for (int run = 0; run < 2; ++run) {
+    TrainingNetwork network(nodes, 5, Precision::fp32, 2, 11);
+    for (uint64_t step = 0; step < 4; ++step) {
+      const std::vector<uint8_t> images = random_images(5, 16, step);
+      const auto embeddings = network.forward(images.data(), nullptr);
+      network.backward(random_floats(embeddings.size(), 50 + step, 0, 1));
+      network.update({});
+    }
+    for (const TensorInfo& tensor : network.tensors()) {
+      std::vector<float> values(count_of(tensor));
+      network.read(tensor.name, values);
+      if (run == 0) {
+        first[tensor.name] = values;
+      } else {
+        INFO(tensor.name);
+        CHECK(std::memcmp(first[tensor.name].data(), values.data(), values.size() * 4) == 0);
+      }
+    }
+  }
+}
+
+namespace {
+
+// The same images every time.
+class FixedBatch : public BatchSource {
+ public:
+  FixedBatch(int64_t size, int32_t classes)
+      : images_(random_images(size, kImageSize, 77)), augmentations_(static_cast<size_t>(size)) {
+    for (int32_t i = 0; i < size; ++i) labels.push_back(i % classes);
+  }
+  Batch next() override {
+    ++given;
+    return {images_.data(), labels.data(), augmentations_.data(),
+            static_cast<int64_t>(labels.size())};
+  }
+  const std::vector<uint8_t>& images() const { return images_; }
+  std::vector<int32_t> labels;
+  int given = 0;
+
+ private:
+  std::vector<uint8_t> images_;
+  std::vector<Augmentation> augmentations_;
+};
+
+SessionSpec session_spec(int64_t batch, int64_t classes) {
+  SessionSpec spec;
+  spec.network.embedding = 64;
+  spec.batch = batch;
+  spec.head.classes = classes;
+  spec.head.dim = 64;
+  spec.head.loss.margin.scale = 16;
+  spec.head.loss.margin.m2 = 0.3;
+  return spec;
+}
+
+Execution on(Precision precision) {
+  Execution execution;
+  execution.precision = precision;
+  execution.threads = 2;
+  return execution;
+}
+
+std::vector<float> read_tensor(const TrainingSession& session, const std::string& name) {
+  for (const TensorInfo& tensor : session.tensors()) {
+    if (tensor.name != name) continue;
+    std::vector<float> values(count_of(tensor));
+    session.read(name, values);
+    return values;
+  }
+  FAIL("no tensor " << name);
+  return {};
+}
+
+}  // namespace
+
+TEST_CASE("a session drives the accuracy on ten images to 1, reproducibly, and embeds") {
+  const auto backend = make_backend();
+  FixedBatch batch(10, 10);
+  std::vector<StepSettings> settings(12);
+  for (StepSettings& step : settings) step.lr = 0.02F;
+  const std::atomic<bool> cancelled{false};
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    if (precision == Precision::bf16 && !has_bf16()) continue;
+    std::map<std::string, std::vector<float>> first;
+    std::unique_ptr<TrainingSession> session;
+    for (int run = 0; run < 2; ++run) {
+      session = backend->make_session(session_spec(10, 10), on(precision));
+      std::vector<StepStats> stats(settings.size());
+      CHECK(session->train(batch, settings, stats, cancelled) == 12);
+      CHECK(stats.front().rows == 10);
+      CHECK(stats.back().correct == 10);
+      CHECK(stats.back().loss < stats.front().loss);
+      for (const TensorInfo& tensor : session->tensors()) {
+        const std::vector<float> values = read_tensor(*session, tensor.name);
+        if (run == 0) {
+          first[tensor.name] = values;
+        } else {
+          INFO(tensor.name);
+          CHECK(std::memcmp(first[tensor.name].data(), values.data(), values.size() * 4) == 0);
+        }
+      }
+    }
+    // The embedder with the session's weights is the same folded network: the same bits.
+    Execution execution = on(precision);
+    const auto embedder = backend->make_embedder(session_spec(10, 10).network, execution);
+    for (const TensorInfo& tensor : embedder->tensors()) {
+      embedder->write(tensor.name, read_tensor(*session, tensor.name));
+    }
+    std::vector<float> ours(10 * 64), theirs(10 * 64);
+    session->embed(batch.images(), true, ours);
+    embedder->embed(batch.images(), true, theirs);
+    CHECK(ours == theirs);
+    // Another step, other weights, other embeddings.
+    std::vector<StepStats> stats(1);
+    session->train(batch, {settings.data(), 1}, stats, cancelled);
+    session->embed(batch.images(), true, theirs);
+    CHECK(ours != theirs);
+  }
+}
+
+TEST_CASE("a session's state moves to another one, which goes on with the same bits") {
+  const auto backend = make_backend();
+  SessionSpec spec = session_spec(4, 7);
+  spec.head.loss.base = BaseKind::softmax;  // has head.bias
+  FixedBatch batch(4, 7);
+  const std::vector<StepSettings> settings(2);
+  std::vector<StepStats> stats(2);
+  const std::atomic<bool> cancelled{false};
+  const auto one = backend->make_session(spec, on(Precision::fp32));
+  one->train(batch, settings, stats, cancelled);
+  spec.seed = 2;
+  const auto two = backend->make_session(spec, on(Precision::fp32));
+  size_t head_tensors = 0;
+  for (const TensorInfo& tensor : one->tensors()) {
+    head_tensors += tensor.name.find("head.") != std::string::npos;
+    two->write(tensor.name, read_tensor(*one, tensor.name));
+  }
+  CHECK(head_tensors == 4);
+  one->train(batch, settings, stats, cancelled);
+  two->train(batch, settings, stats, cancelled);
+  for (const TensorInfo& tensor : one->tensors()) {
+    INFO(tensor.name);
+    CHECK(read_tensor(*one, tensor.name) == read_tensor(*two, tensor.name));
+  }
+}
+
+TEST_CASE("a session stops, and says what is wrong with its input") {
+  const auto backend = make_backend();
+  const auto session = backend->make_session(session_spec(2, 5), on(Precision::fp32));
+  FixedBatch batch(2, 5);
+  const std::vector<StepSettings> settings(3);
+  std::vector<StepStats> stats(3);
+  std::atomic<bool> cancelled{true};
+  CHECK(session->train(batch, settings, stats, cancelled) == 0);
+  CHECK(batch.given == 0);
+  cancelled = false;
+  const auto train = [&] { session->train(batch, settings, stats, cancelled); };
+
+  batch.labels = {1, 5};
+  CHECK(error_of(train, codes::kInput).find("5 classes") != std::string::npos);
+  batch.labels = {1};
+  CHECK(error_of(train, codes::kInput).find("1 images") != std::string::npos);
+  batch.labels = {1, 2};
+
+  std::vector<float> weight = read_tensor(*session, "layer3.1.conv1.weight");
+  weight[3] = std::numeric_limits<float>::quiet_NaN();
+  session->write("layer3.1.conv1.weight", weight);
+  CHECK(error_of(train, codes::kNonFinite).find("is layer3.1.conv1.weight") != std::string::npos);
+  weight[3] = 0;
+  session->write("layer3.1.conv1.weight", weight);
+  std::vector<float> classes = read_tensor(*session, "head.weight");
+  classes[1] = std::numeric_limits<float>::infinity();
+  session->write("head.weight", classes);
+  CHECK(error_of(train, codes::kNonFinite).find("class 0") != std::string::npos);
+  CHECK(error_of([&] { session->write("head.bias", classes); }, codes::kInput).find("head.bias") !=
+        std::string::npos);
+
+  SessionSpec spec = session_spec(2, 5);
+  spec.head.dim = 32;
+  CHECK(error_of([&] { backend->make_session(spec, on(Precision::fp32)); }, codes::kConfig)
+            .find("32 dimensions") != std::string::npos);
+  Execution world = on(Precision::fp32);
+  world.topology.world = 2;
+  CHECK(error_of([&] { backend->make_session(session_spec(2, 5), world); }, codes::kConfig)
+            .find("world of 2") != std::string::npos);
+}
+
+TEST_CASE("the backend describes the CPU") {
+  const auto backend = make_backend();
+  CHECK(std::string(backend->name()) == "cpu");
+  const std::vector<DeviceInfo> devices = backend->devices();
+  REQUIRE(devices.size() == 1);
+  CHECK(devices[0].threads >= 1);
+  CHECK(devices[0].memory_bytes > devices[0].free_bytes);
+  CHECK(devices[0].precisions.back() == Precision::fp32);
+  CHECK((devices[0].precisions.size() == 2) == onednn::bf16_support().fast);
+  const auto allocator = backend->host_allocator({});
+  void* memory = allocator->allocate(1000);
+  CHECK(reinterpret_cast<uintptr_t>(memory) % 64 == 0);
+  std::memset(memory, 1, 1000);
+  allocator->release(memory);
+}
