@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "binding/worker.h"
+#include "core/error.h"
 
 namespace hardmine::binding {
 
@@ -20,6 +21,12 @@ Environment::Environment(Napi::Env env) : env_(env) {
   // Hooks run in reverse order: added after wakeup_ was made, this one joins the workers before
   // Node takes the thread-safe function away under them.
   env.AddCleanupHook([this] { shut_down(); });
+  // process.exit() and uncaught exceptions run no such hooks on the main thread: they go straight
+  // to exit(), which destroys the libraries' static objects under threads that still compute.
+  const auto process = global.Get("process").As<Napi::Object>();
+  process.Get("once").As<Napi::Function>().Call(
+      process, {Napi::String::New(env, "exit"),
+                Napi::Function::New(env, [this](const Napi::CallbackInfo&) { shut_down(); })});
 }
 
 void Environment::begin_pending() {
@@ -42,7 +49,15 @@ void Environment::deliver(Napi::Env env, Napi::Function, Environment* environmen
   std::erase_if(environment->workers_, [](const auto& worker) { return worker->joined(); });
 }
 
+void Environment::add(std::shared_ptr<Worker> worker) {
+  if (ended_) {
+    throw Error(codes::kAborted, "Nothing native can be started while the process is ending.");
+  }
+  workers_.push_back(std::move(worker));
+}
+
 void Environment::shut_down() {
+  ended_ = true;
   for (const auto& worker : workers_) worker->abandon();  // all are told before any is waited for
   for (const auto& worker : workers_) worker->join();
   workers_.clear();

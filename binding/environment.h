@@ -22,7 +22,8 @@ class Environment {
   Napi::FunctionReference float32_array, float64_array, int32_array, uint8_array;
 
   Napi::Env env() const { return env_; }
-  void add(std::shared_ptr<Worker> worker) { workers_.push_back(std::move(worker)); }
+  // From then on the worker is joined before the environment ends. Throws ERR_ABORTED at its end.
+  void add(std::shared_ptr<Worker> worker);
   // The event loop stays alive while anything is pending, and only then.
   void begin_pending();
   void end_pending();
@@ -32,6 +33,7 @@ class Environment {
  private:
   static void deliver(Napi::Env env, Napi::Function, Environment* environment, void*);
   // Cancels and joins every worker: the environment ends (process.exit, worker.terminate, the end).
+  // Takes as long as the step under way; may be called again.
   void shut_down();
 
   using Wakeup = Napi::TypedThreadSafeFunction<Environment, void, &Environment::deliver>;
@@ -39,6 +41,7 @@ class Environment {
   Wakeup wakeup_;
   std::vector<std::shared_ptr<Worker>> workers_;
   size_t pending_ = 0;
+  bool ended_ = false;
 };
 
 }  // namespace hardmine::binding

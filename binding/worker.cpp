@@ -7,7 +7,7 @@ namespace hardmine::binding {
 
 std::shared_ptr<Worker> Worker::start(Environment& environment, std::function<void()> release) {
   auto worker = std::make_shared<Worker>(environment, std::move(release));
-  environment.add(worker);  // before the thread starts: from here on shut_down() joins it
+  environment.add(worker);  // before the thread starts, so that none is ever left out
   worker->thread_ = std::thread([raw = worker.get()] { raw->run(); });
   return worker;
 }

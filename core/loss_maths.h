@@ -55,13 +55,10 @@ HARDMINE_HD T weighting_ratio(T loss, const Weighting& weighting) {
 template <typename T>
 HARDMINE_HD WeightedLoss<T> weight_loss(T loss, const Weighting& weighting) {
   if (weighting.kind == WeightingKind::none) return {loss, T(1)};
-  const T beta = T(weighting.beta), A = T(weighting.A);
-  const T c =
-      weighting.form == HardMiningForm::equation ? T(weighting.alpha) : T(weighting.alpha) * beta;
-  const T x = A * (beta * loss - T(weighting.B));
-  const T g = sigmoid(x);
-  return {c * loss * g,
-          c * (g + beta * A * loss * g * sigmoid(-x))};  // sigmoid(-x) is 1 - g, exactly
+  const T beta = T(weighting.beta), A = T(weighting.A), B = T(weighting.B);
+  const T ratio = weighting_ratio(loss, weighting);
+  const T closed = sigmoid(A * (B - beta * loss));  // 1 - g, without cancellation
+  return {loss * ratio, ratio * (T(1) + beta * A * loss * closed)};
 }
 
 // The weighting over a whole batch; all spans have one element a row. Reduction::sample weighs each

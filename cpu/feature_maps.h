@@ -52,14 +52,16 @@ class Buffer {
   void reserve(size_t bytes) { bytes_ = std::max(bytes_, bytes); }
   size_t bytes() const { return bytes_; }
   bool shared() const { return shared_; }
-  onednn::memory view(const onednn::memory::desc& desc, const onednn::engine& engine) {
-    reserve(desc.get_size());
-    views_.push_back(onednn::memory(desc, engine, DNNL_MEMORY_NONE));
-    return views_.back();
+  // A oneDNN memory of this descriptor, `offset` bytes into the buffer.
+  onednn::memory view(const onednn::memory::desc& desc, const onednn::engine& engine,
+                      size_t offset = 0) {
+    reserve(offset + desc.get_size());
+    views_.push_back({onednn::memory(desc, engine, DNNL_MEMORY_NONE), offset});
+    return views_.back().memory;
   }
   void allocate() {
     memory_ = AlignedMemory(bytes_);
-    for (onednn::memory& view : views_) view.set_data_handle(memory_.data());
+    for (View& view : views_) view.memory.set_data_handle(memory_.data<std::byte>() + view.offset);
   }
   template <typename T = void>
   T* data() const {
@@ -70,7 +72,11 @@ class Buffer {
   bool shared_;  // gradients take turns in it
   size_t bytes_ = 0;
   AlignedMemory memory_;
-  std::vector<onednn::memory> views_;
+  struct View {
+    onednn::memory memory;
+    size_t offset;
+  };
+  std::vector<View> views_;
 };
 
 // The planes of one feature map (network_loops.h) for a whole batch.

@@ -362,7 +362,7 @@ void HeadBase::embedding_gradient(int64_t i, float* gradient, const float* opera
     const double along = spec_.loss.margin.norm_scale
                              ? row.residual * row.radial
                              : -double{loops_.dot(gradient, operand, spec_.dim)};
-    loops_.add_scaled(operand, static_cast<float>(along), gradient, spec_.dim);
+    loops_.add_scaled(gradient, operand, static_cast<float>(along), gradient, spec_.dim);
   }
   loops_.scale(gradient, static_cast<float>(factor), out, spec_.dim);
 }

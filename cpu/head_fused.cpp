@@ -97,7 +97,7 @@ struct Worker {
   Buffer<float> tiles;            // [kept, c, R] dots, then D in fp32; tile t is at t modulo kept
   Buffer<uint16_t> tile_bf16;     // [c, R] D in bf16
   Buffer<uint16_t> weights_bf16;  // [c, dim]
-  Buffer<float> gradient;         // [c, dim] dW_c, where nobody wants to keep it
+  Buffer<float> gradient;         // [c, dim] dW_c
   Buffer<float> grad_x;           // [R, dim] this worker's classes' share
   Buffer<float> max, sum;         // [R] of base-2 logits
 };
@@ -238,7 +238,8 @@ void FusedHead::run(const Request& request) {
     for (int64_t i = rows.from; i < rows.to; ++i) {
       float* sum = plan.workers.front()->grad_x.data() + i * spec_.dim;
       for (size_t other = 1; other < plan.workers.size(); ++other) {
-        loops_.add_scaled(plan.workers[other]->grad_x.data() + i * spec_.dim, 1.0F, sum, spec_.dim);
+        loops_.add_scaled(sum, plan.workers[other]->grad_x.data() + i * spec_.dim, 1.0F, sum,
+                          spec_.dim);
       }
       embedding_gradient(i, sum, plan.x_hat.data() + i * spec_.dim,
                          request.grad_embeddings.data() + i * spec_.dim);
@@ -374,15 +375,17 @@ void FusedHead::gradient_pass(const Request& request, Plan& plan, int w) {
     }
     if (is_softmax()) finish_biases(request, plan, d, classes);
     if (!step && request.grad_weights.empty()) continue;
-    float* gradient =
-        step ? worker.gradient.data() : request.grad_weights.data() + classes.from * spec_.dim;
-    multiply.weights.run(worker.stream, d, plan.x_weighted_packed->bytes.data(), gradient);
+    // First into memory that is in the cache; then the result is written once, in order.
+    const float* gradient = worker.gradient.data();
+    multiply.weights.run(worker.stream, d, plan.x_weighted_packed->bytes.data(),
+                         worker.gradient.data());
     for (int64_t j = classes.from; j < classes.to; ++j, gradient += spec_.dim) {
       const float along = along_weights(j, gradient);
       if (step) {
         update_class(*request.settings, j, gradient, along + request.settings->weight_decay);
-      } else if (!is_softmax()) {
-        loops_.add_scaled(weights_.data() + j * spec_.dim, along, gradient, spec_.dim);
+      } else {
+        loops_.add_scaled(gradient, weights_.data() + j * spec_.dim, along,
+                          request.grad_weights.data() + j * spec_.dim, spec_.dim);
       }
     }
   }

@@ -131,9 +131,9 @@ void scale(const float* values, float factor, float* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = factor * values[i];
 }
 
-void add_scaled(const float* x, float factor, float* y, int64_t n) {
+void add_scaled(const float* y, const float* x, float factor, float* out, int64_t n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) y[i] += factor * x[i];
+  for (int64_t i = 0; i < n; ++i) out[i] = y[i] + factor * x[i];
 }
 
 float sgd(const float* gradient, float pull, const SgdCoefficients& coefficients, float* w,
@@ -149,11 +149,6 @@ float sgd(const float* gradient, float pull, const SgdCoefficients& coefficients
     squares += weight * weight;
   }
   return squares;
-}
-
-void add(const float* a, const float* b, float* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = a[i] + b[i];
 }
 
 void softmax_row(const float* logits, int64_t n, float* max, float* sum) {
@@ -179,9 +174,17 @@ void softmax_gradient_row(const float* log_probability, float factor, float* out
 
 }  // namespace
 
-extern const HeadLoops kHeadLoops = {
-    softmax_tile, gradient_tile,   gradient_tile_bf16,  to_bf16, dot,
-    dot_bf16,     scale,           add_scaled,          sgd,     add,
-    softmax_row,  log_softmax_row, softmax_gradient_row};
+extern const HeadLoops kHeadLoops = {softmax_tile,
+                                     gradient_tile,
+                                     gradient_tile_bf16,
+                                     to_bf16,
+                                     dot,
+                                     dot_bf16,
+                                     scale,
+                                     add_scaled,
+                                     sgd,
+                                     softmax_row,
+                                     log_softmax_row,
+                                     softmax_gradient_row};
 
 }  // namespace hardmine::HARDMINE_ISA

@@ -43,13 +43,11 @@ struct HeadLoops {
   float (*dot_bf16)(const uint16_t* a, const float* b, int64_t n);
   // out = factor * values
   void (*scale)(const float* values, float factor, float* out, int64_t n);
-  // y += factor * x
-  void (*add_scaled)(const float* x, float factor, float* y, int64_t n);
+  // out = y + factor * x; out may be y
+  void (*add_scaled)(const float* y, const float* x, float factor, float* out, int64_t n);
   // v = momentum v + (gradient + pull w); w -= lr v; returns the new w's sum of squares.
   float (*sgd)(const float* gradient, float pull, const SgdCoefficients& coefficients, float* w,
                float* v, int64_t n);
-  // out = a + b
-  void (*add)(const float* a, const float* b, float* out, int64_t n);
   // ---- unfused: a row of [rows, classes] ----
   // Max of a row and sum of e^(z - max).
   void (*softmax_row)(const float* logits, int64_t n, float* max, float* sum);

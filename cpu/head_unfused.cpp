@@ -155,8 +155,8 @@ void UnfusedHead::forward(const Request& request, Buffers& b) {
   each(rows, [&](int64_t i) { place_target(rows_[i], target_cosine(request, b, i), request.law); });
   if (is_softmax()) {
     each(rows, [&](int64_t i) {
-      loops_.add(b.cosines.data() + i * classes, bias_.data(), b.logits.data() + i * classes,
-                 classes);
+      loops_.add_scaled(b.cosines.data() + i * classes, bias_.data(), 1.0F,
+                        b.logits.data() + i * classes, classes);
     });
   } else {
     each_part(all, [&](int64_t from, int64_t n) {
@@ -253,7 +253,7 @@ void UnfusedHead::backward(const Request& request, Buffers& b, float* grad_w) {
     each(classes, [&](int64_t j) {
       float* g = grad_w + j * dim;
       loops_.scale(g, class_scale_[j], g, dim);
-      loops_.add_scaled(weights_.data() + j * dim, along_weights(j, g), g, dim);
+      loops_.add_scaled(g, weights_.data() + j * dim, along_weights(j, g), g, dim);
     });
   }
   if (request.settings != nullptr) {
@@ -273,13 +273,13 @@ void UnfusedHead::embedding_backward(const Request& request, Buffers& b, int64_t
     return;
   }
   const float* x_hat = b.x_hat.data() + i * dim;
-  loops_.add_scaled(x_hat, -loops_.dot(gradient, x_hat, dim), gradient, dim);
+  loops_.add_scaled(gradient, x_hat, -loops_.dot(gradient, x_hat, dim), gradient, dim);
   loops_.scale(gradient, static_cast<float>(rows_[i].inverse_norm), out, dim);
   if (spec_.loss.margin.norm_scale) {
     const int64_t row = i * spec_.classes;
     const float grad_scale =
         loops_.dot(b.grad_logits.data() + row, b.margined.data() + row, spec_.classes);
-    loops_.add_scaled(x_hat, grad_scale, out, dim);
+    loops_.add_scaled(out, x_hat, grad_scale, out, dim);
   }
 }
 

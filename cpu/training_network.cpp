@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <optional>
 #include <string>
 #include <type_traits>
@@ -59,12 +60,13 @@ struct Context {
   onednn::stream stream{engine};
   const NetworkLoops& loops = network_loops();
   int64_t batch = 0;
+  int threads = 1;
   std::vector<Node> nodes;
   std::vector<Output> outputs;                  // by node
   std::vector<std::vector<Buffer*>> gradients;  // by node: their sum is its gradient
   std::vector<std::unique_ptr<Buffer>> buffers;
-  std::vector<Buffer*> idle;  // shared buffers that hold nothing just now
-  Buffer* scratch = nullptr;
+  std::vector<Buffer*> idle;     // shared buffers that hold nothing just now
+  std::vector<Buffer*> scratch;  // by thread; the first also for the team
   std::vector<std::unique_ptr<Parameter>> parameters;
   std::vector<std::unique_ptr<Statistic>> statistics;
   bool operands_stale = true;  // weights changed since they were reordered
@@ -103,11 +105,11 @@ struct Context {
     if (buffer->shared()) idle.push_back(buffer);
   }
 
-  // Arguments of a primitive, with the scratchpad that all of them share.
+  // A primitive bound to its arguments and to the scratchpad that all of a thread's calls share.
   onednn::Call call(const dnnl::primitive& primitive, const memory::desc& scratchpad,
-                    std::vector<std::pair<int, memory>> arguments) {
+                    std::vector<std::pair<int, memory>> arguments, size_t thread = 0) {
     if (scratchpad.get_size() > 0) {
-      arguments.emplace_back(DNNL_ARG_SCRATCHPAD, scratch->view(scratchpad, engine));
+      arguments.emplace_back(DNNL_ARG_SCRATCHPAD, scratch[thread]->view(scratchpad, engine));
     }
     return {primitive, std::move(arguments)};
   }
@@ -118,23 +120,24 @@ struct Context {
                  std::vector<onednn::Call>& reorders) {
     if (wanted == stored.get_desc()) return stored;
     const memory copy(wanted, engine);
-    const auto attributes = onednn::user_scratchpad();
-    const auto reorder = onednn::checked("a reorder of weights", [&] {
-      return dnnl::reorder::primitive_desc(engine, stored.get_desc(), engine, wanted, attributes);
-    });
-    reorders.push_back(call(dnnl::reorder(reorder), reorder.scratchpad_desc(),
-                            {{DNNL_ARG_FROM, stored}, {DNNL_ARG_TO, copy}}));
+    reorders.push_back(reorder(stored, copy));
     return copy;
+  }
+
+  onednn::Call reorder(const memory& from, const memory& to) {
+    const auto attributes = onednn::user_scratchpad();
+    const auto desc = onednn::checked("a reorder of weights", [&] {
+      return dnnl::reorder::primitive_desc(engine, from.get_desc(), engine, to.get_desc(),
+                                           attributes);
+    });
+    return call(dnnl::reorder(desc), desc.scratchpad_desc(),
+                {{DNNL_ARG_FROM, from}, {DNNL_ARG_TO, to}});
   }
 
   // c = a b, all of them matrices.
   onednn::Call product(const memory& a, const memory& b, const memory& c) {
-    return product(onednn::matmul_desc(engine, a.get_desc(), b.get_desc(), c.get_desc(),
-                                       onednn::user_scratchpad()),
-                   a, b, c);
-  }
-  onednn::Call product(const dnnl::matmul::primitive_desc& desc, const memory& a, const memory& b,
-                       const memory& c) {
+    const auto desc = onednn::matmul_desc(engine, a.get_desc(), b.get_desc(), c.get_desc(),
+                                          onednn::user_scratchpad());
     return call(dnnl::matmul(desc), desc.scratchpad_desc(),
                 {{DNNL_ARG_SRC, a}, {DNNL_ARG_WEIGHTS, b}, {DNNL_ARG_DST, c}});
   }
@@ -174,7 +177,7 @@ class Layer {
 class ConvolutionLayer : public Layer {
  public:
   ConvolutionLayer(Context& context, const Node& node, memory::data_type type, Buffer& image)
-      : context_(context), node_(node), shape_(convolution_of(node, context.batch)) {
+      : context_(context), node_(node), type_(type), shape_(convolution_of(node, context.batch)) {
     using tag = memory::format_tag;
     const onednn::engine& engine = context.engine;
     const auto attributes = onednn::user_scratchpad();
@@ -205,6 +208,9 @@ class ConvolutionLayer : public Layer {
                              {DNNL_ARG_WEIGHTS, forward_operand},
                              {DNNL_ARG_DST, output().buffer->view(dst, engine)}});
     weights_desc_ = weights;
+    pieces_ = node.out_size < kSmallestSplit
+                  ? 1
+                  : std::min(static_cast<int64_t>(context.threads), context.batch);
     if (node.input >= 0) {
       data_desc_ = onednn::convolution_backward_data_desc(engine, shape_, src_desc_, weights_any,
                                                           dst, attributes, forward);
@@ -223,12 +229,7 @@ class ConvolutionLayer : public Layer {
   void plan_backward(const std::vector<Buffer*>& gradients) override {
     const onednn::engine& engine = context_.engine;
     const memory diff_dst = gradients[0]->view(dst_desc_, engine);
-    backward_weights_ = context_.call(
-        dnnl::convolution_backward_weights(weights_desc_), weights_desc_.scratchpad_desc(),
-        {{DNNL_ARG_SRC, src_->view(src_desc_, engine)},
-         {DNNL_ARG_DIFF_DST, diff_dst},
-         {DNNL_ARG_DIFF_WEIGHTS,
-          memory(*parameter_->layout, engine, parameter_->gradient.data())}});
+    plan_backward_weights(gradients[0]);
     if (node_.input >= 0) {
       Buffer* diff_src = context_.take(src_desc_.get_size());
       backward_data_ =
@@ -242,7 +243,11 @@ class ConvolutionLayer : public Layer {
   }
 
   void backward() override {
-    backward_weights_.run(context_.stream);
+    if (pieces_ == 1) {
+      backward_weights_[0].run(context_.stream);
+    } else {
+      backward_weights_in_pieces();
+    }
     if (node_.input >= 0) backward_data_.run(context_.stream);
   }
 
@@ -250,18 +255,98 @@ class ConvolutionLayer : public Layer {
   static size_t index_of(const Context& context, const Node& node) {
     return static_cast<size_t>(&node - context.nodes.data());
   }
-  const Output& output() const { return context_.outputs[index_of(context_, node_)]; }
+  // oneDNN's weight gradients let the threads of a team wait for each other in busy loops, some of
+  // them once per image: a thread that the system has put aside costs the others a time slice each
+  // time. Where the weights are few beside the maps, each thread computes the gradient of its own
+  // images instead, and the gradients are added.
+  static constexpr int64_t kSmallestSplit = 14;  // pixels a side of the output
+
+  void plan_backward_weights(Buffer* diff_dst) {
+    const onednn::engine& engine = context_.engine;
+    const memory::desc& layout = *parameter_->layout;
+    if (pieces_ == 1) {
+      backward_weights_.push_back(context_.call(
+          dnnl::convolution_backward_weights(weights_desc_), weights_desc_.scratchpad_desc(),
+          {{DNNL_ARG_SRC, src_->view(src_desc_, engine)},
+           {DNNL_ARG_DIFF_DST, diff_dst->view(dst_desc_, engine)},
+           {DNNL_ARG_DIFF_WEIGHTS, memory(layout, engine, parameter_->gradient.data())}}));
+      return;
+    }
+    omp_set_num_threads(1);  // the primitives are made for the threads that they are made by
+    for (int64_t piece = 0; piece < pieces_; ++piece) {
+      const int64_t first = context_.batch * piece / pieces_;
+      onednn::Convolution shape = shape_;
+      shape.batch = context_.batch * (piece + 1) / pieces_ - first;
+      const memory::dims origin(4, 0);
+      const memory::desc src = src_desc_.submemory_desc(shape.src_dims(), origin);
+      const memory::desc dst = dst_desc_.submemory_desc(shape.dst_dims(), origin);
+      const auto attributes = onednn::user_scratchpad();
+      const auto forward = onednn::convolution_training_desc(
+          engine, shape, src, {shape.weights_dims(), type_, memory::format_tag::any}, dst,
+          attributes);
+      const auto weights = onednn::convolution_backward_weights_desc(engine, shape, src, layout,
+                                                                     dst, attributes, forward);
+      void* gradient = parameter_->gradient.data();
+      if (piece > 0) {
+        partial_.emplace_back(layout.get_size());
+        gradient = partial_.back().data();
+      }
+      backward_weights_.push_back(context_.call(
+          dnnl::convolution_backward_weights(weights), weights.scratchpad_desc(),
+          {{DNNL_ARG_SRC, src_->view(src, engine, image_bytes(src_desc_) * first)},
+           {DNNL_ARG_DIFF_DST, diff_dst->view(dst, engine, image_bytes(dst_desc_) * first)},
+           {DNNL_ARG_DIFF_WEIGHTS, memory(layout, engine, gradient)}},
+          static_cast<size_t>(piece)));
+    }
+    omp_set_num_threads(context_.threads);
+  }
+
+  size_t image_bytes(const memory::desc& desc) const {
+    const size_t element = type_ == memory::data_type::bf16 ? sizeof(Bf16) : sizeof(float);
+    return static_cast<size_t>(onednn::blocking_of(desc).strides[0]) * element;
+  }
+
+  void backward_weights_in_pieces() {
+    std::exception_ptr failure;
+#pragma omp parallel for schedule(static, 1)
+    for (int64_t piece = 0; piece < pieces_; ++piece) {
+      try {
+        backward_weights_[static_cast<size_t>(piece)].run(context_.stream);
+      } catch (...) {
+#pragma omp critical
+        failure = std::current_exception();
+      }
+    }
+    if (failure) std::rethrow_exception(failure);
+    auto* total = parameter_->gradient.data<float>();
+    const int64_t count = parameter_->count;
+#pragma omp parallel for schedule(static)
+    for (int64_t part = 0; part < pieces_; ++part) {
+      const int64_t first = count * part / pieces_, last = count * (part + 1) / pieces_;
+      for (const AlignedMemory& partial : partial_) {
+        context_.loops.fp32.add(total + first, partial.data<float>() + first, last - first);
+      }
+    }
+  }
+
+  const Output& output() const {
+    return context_.outputs[index_of(context_, node_)];
+  }
 
   Context& context_;
   const Node& node_;
+  memory::data_type type_;
   onednn::Convolution shape_;
+  int64_t pieces_ = 1;                  // of the batch, for the weight gradient
+  std::vector<AlignedMemory> partial_;  // gradients of all pieces but the first
   Buffer* src_ = nullptr;
   memory::desc src_desc_, dst_desc_;
   Parameter* parameter_ = nullptr;
   dnnl::convolution_backward_weights::primitive_desc weights_desc_;
   dnnl::convolution_backward_data::primitive_desc data_desc_;
   memory data_operand_;
-  onednn::Call forward_, backward_weights_, backward_data_;
+  onednn::Call forward_, backward_data_;
+  std::vector<onednn::Call> backward_weights_;  // by piece
   std::vector<onednn::Call> reorders_;
 };
 
@@ -298,19 +383,17 @@ class ProductConvolutionLayer : public Layer {
         memory::desc(parameter_->dims, memory::data_type::f32, memory::format_tag::ohwi);
     columns_ = AlignedMemory(static_cast<size_t>(rows_ * taps_) * sizeof(Bf16));
 
-    const memory::desc any({taps_, out}, bf16, memory::format_tag::any);
-    const auto forward = onednn::matmul_desc(engine, matrix(rows_, taps_, bf16), any,
-                                             matrix(rows_, out, bf16), onednn::user_scratchpad());
-    const memory weights =
-        context.operand(memory(transposed(taps_, out), engine, parameter_->values.data()),
-                        forward.weights_desc(), reorders_);
-    forward_ = context.product(forward, columns(bf16), weights,
-                               output.buffer->view(matrix(rows_, out, bf16), engine));
+    // One rounded copy serves both directions: blocking it as oneDNN prefers costs more than it
+    // saves.
+    weights_ = memory(matrix(out, taps_, bf16), engine);
+    const memory masters(matrix(out, taps_), engine, parameter_->values.data());
+    reorder_ = context.reorder(masters, weights_);
+    forward_ = context.product(
+        columns(bf16), memory(transposed(taps_, out, bf16), engine, weights_.get_data_handle()),
+        output.buffer->view(matrix(rows_, out, bf16), engine));
   }
 
-  void reorder_weights() override {
-    for (const onednn::Call& reorder : reorders_) reorder.run(context_.stream);
-  }
+  void reorder_weights() override { reorder_.run(context_.stream); }
 
   void forward() override {
     const auto* x = x_->data<const Bf16>();
@@ -332,15 +415,9 @@ class ProductConvolutionLayer : public Layer {
     backward_weights_ =
         context_.product(gradients[0]->view(transposed(out, rows_, bf16), engine), columns(bf16),
                          memory(matrix(out, taps_), engine, parameter_->gradient.data()));
-    const memory::desc any({out, taps_}, bf16, memory::format_tag::any);
-    const auto data = onednn::matmul_desc(engine, matrix(rows_, out, bf16), any,
-                                          matrix(rows_, taps_), onednn::user_scratchpad());
-    const memory weights =
-        context_.operand(memory(matrix(out, taps_), engine, parameter_->values.data()),
-                         data.weights_desc(), reorders_);
     dcolumns_ = context_.take(static_cast<size_t>(rows_ * taps_) * sizeof(float));
-    backward_data_ = context_.product(data, gradients[0]->view(matrix(rows_, out, bf16), engine),
-                                      weights, dcolumns_->view(matrix(rows_, taps_), engine));
+    backward_data_ = context_.product(gradients[0]->view(matrix(rows_, out, bf16), engine),
+                                      weights_, dcolumns_->view(matrix(rows_, taps_), engine));
     dx_ = context_.take(static_cast<size_t>(context_.outputs[node_.input].layout.elements()) *
                         sizeof(Bf16));
     context_.gradients[node_.input].push_back(dx_);
@@ -375,8 +452,8 @@ class ProductConvolutionLayer : public Layer {
   Buffer *x_, *dcolumns_ = nullptr, *dx_ = nullptr;
   AlignedMemory columns_;  // [rows, taps]
   Parameter* parameter_ = nullptr;
-  onednn::Call forward_, backward_weights_, backward_data_;
-  std::vector<onednn::Call> reorders_;
+  memory weights_;  // [out, taps] in bf16
+  onednn::Call reorder_, forward_, backward_weights_, backward_data_;
 };
 
 // Batch-norm over planes or vectors, with the residual sum and the ReLU after it in the same pass.
@@ -717,9 +794,9 @@ class LinearLayer : public Layer {
     Buffer* dx = context_.take(static_cast<size_t>(batch * in) * sizeof(float));
     context_.gradients[node_.input].push_back(dx);
     // dW [out, in] = dy^T x; dx [batch, in] = dy W
-    backward_weight_ =
-        product(dy_->view(transposed(out, batch), engine), x_->view(matrix(batch, in), engine),
-                memory(matrix(out, in), engine, weight_->gradient.data()));
+    backward_weight_ = context_.product(dy_->view(transposed(out, batch), engine),
+                                        x_->view(matrix(batch, in), engine),
+                                        memory(matrix(out, in), engine, weight_->gradient.data()));
     backward_data_ = context_.product(dy_->view(matrix(batch, out), engine),
                                       memory(matrix(out, in), engine, weight_->values.data()),
                                       dx->view(matrix(batch, in), engine));
@@ -768,7 +845,10 @@ class TrainingNetwork::Impl {
     use_threads();
     context_.batch = batch;
     context_.nodes = std::move(nodes);
-    context_.scratch = context_.own_buffer();
+    context_.threads = threads;
+    for (int thread = 0; thread < threads; ++thread) {
+      context_.scratch.push_back(context_.own_buffer());
+    }
     image_ = context_.own_buffer();
     grad_embeddings_ = context_.own_buffer();
     plan_outputs();

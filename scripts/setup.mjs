@@ -8,9 +8,12 @@
 
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
+import { once } from 'node:events';
 import * as fs from 'node:fs';
+import { createServer } from 'node:net';
 import { availableParallelism, constants } from 'node:os';
 import { dirname, join, relative } from 'node:path';
+import { setTimeout } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 
 const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
@@ -53,38 +56,29 @@ function checkNode() {
   );
 }
 
-/** Runs `work` while no other set-up works on this clone. */
+/**
+ * Runs `work` while no other set-up works on this clone. The lock is a socket in Linux's abstract
+ * namespace: it ends with its process, however that ends, so there is no stale lock to find.
+ */
 async function withLock(work) {
-  const lock = join(BUILD, '.setup.lock');
-  fs.mkdirSync(BUILD, { recursive: true });
+  if (process.platform !== 'linux') return work();
+  const name = `\0hardmine set-up ${createHash('sha256').update(ROOT).digest('hex')}`;
   for (let waiting = false; ; waiting = true) {
+    const server = createServer();
     try {
-      fs.writeFileSync(lock, String(process.pid), { flag: 'wx' });
-      break;
+      server.listen(name);
+      await once(server, 'listening');
     } catch (error) {
-      if (error.code !== 'EEXIST') throw error;
-    }
-    const owner = Number(readIfThere(lock));
-    if (owner > 0 && !isRunning(owner)) {
-      fs.rmSync(lock, { force: true }); // left by a set-up that was killed
+      if (error.code !== 'EADDRINUSE') throw error;
+      if (!waiting) say('waiting for another set-up of this clone');
+      await setTimeout(200); // milliseconds between looks
       continue;
     }
-    if (!waiting) say(`waiting for another set-up of this clone (process ${owner})`);
-    await new Promise((resolve) => setTimeout(resolve, 200));
-  }
-  try {
-    await work();
-  } finally {
-    fs.rmSync(lock, { force: true });
-  }
-}
-
-function isRunning(pid) {
-  try {
-    process.kill(pid, 0);
-    return true;
-  } catch (error) {
-    return error.code === 'EPERM';
+    try {
+      return work();
+    } finally {
+      server.close();
+    }
   }
 }
 
@@ -222,7 +216,10 @@ const NATIVE_SOURCES = ['CMakeLists.txt', 'binding', 'core', 'cpu', 'package-loc
 /** Stamps: what each product was built from, written when it was built. */
 const stampPath = (product) => join(BUILD, `.${product}.stamp`);
 const isCurrent = (product, hash) => readIfThere(stampPath(product)) === hash;
-const setStamp = (product, hash) => fs.writeFileSync(stampPath(product), hash);
+function setStamp(product, hash) {
+  fs.mkdirSync(BUILD, { recursive: true });
+  fs.writeFileSync(stampPath(product), hash);
+}
 
 function addonLoads() {
   try {
@@ -315,7 +312,7 @@ function parseArguments(args) {
 try {
   const { only, tests } = parseArguments(process.argv.slice(2));
   checkNode();
-  await withLock(async () => {
+  await withLock(() => {
     setUpPackages();
     if (only === null || only === 'native') setUpNative(tests);
     if (only === null || only === 'dist') setUpDist();

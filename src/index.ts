@@ -6,6 +6,7 @@ export {
   type Dataset,
   openDataset,
 } from './data/dataset.js';
+export { type Device, devices } from './devices.js';
 export { type ErrorCode, HardmineError } from './errors.js';
 export { type EvaluateLfw, evaluateLfw, type LfwResult } from './evaluate/lfw.js';
 export {

@@ -142,11 +142,12 @@ describe('the native addon', () => {
       assert.equal(addon.backend, 'cpu');
     });
 
-    it('lists the CPU with the names that --device takes', () => {
+    it('lists the CPU with the name that --device takes', () => {
       const cpu = devices().find(({ backend }) => backend === 'cpu');
       assert.ok(cpu);
       assert.equal(cpu.id, 'cpu');
-      assert.ok(cpu.threads >= 1 && cpu.memoryBytes >= cpu.freeBytes && cpu.freeBytes > 0);
+      assert.ok(cpu.name.length > 0 && cpu.threads >= 1);
+      assert.ok(cpu.memoryBytes >= cpu.freeBytes && cpu.freeBytes > 0);
       assert.ok(cpu.precisions.includes('fp32'));
     });
 
@@ -701,7 +702,7 @@ describe('the native addon', () => {
       ],
       [
         'by process.exit while handles are made',
-        `for (let i = 0; i < 4; i++) addon.createSession(${JSON.stringify(SESSION)}, execution); process.exit(0)`,
+        `for (let i = 0; i < 2; i++) addon.createSession(${JSON.stringify(SESSION)}, execution); process.exit(0)`,
         0,
         /^$/,
       ],

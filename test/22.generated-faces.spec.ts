@@ -106,7 +106,8 @@ describe('generated faces', function () {
     const mean = (identity: number, half: number): Float32Array => {
       const sum = new Float32Array(pixels[0]!.length);
       for (let k = half; k < IMAGES; k += 2) {
-        for (const [i, value] of pixels[identity * IMAGES + k]!.entries()) sum[i]! += value;
+        const image = pixels[identity * IMAGES + k]!;
+        for (let i = 0; i < sum.length; i += 1) sum[i]! += image[i]!;
       }
       const average = sum.reduce((total, value) => total + value, 0) / sum.length;
       return sum.map((value) => value - average);

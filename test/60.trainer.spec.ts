@@ -7,6 +7,7 @@ import { type ConfigInput, resolveConfig } from '../src/config.js';
 import { openDataset } from '../src/data/dataset.js';
 import { RecordWriter } from '../src/formats/recordio.js';
 import { readSafetensors } from '../src/formats/safetensors.js';
+import * as api from '../src/index.js';
 import { expectedFirstLoss, resolveLoss } from '../src/loss.js';
 import { checkpointName } from '../src/train/checkpoint.js';
 import { checkFirstLoss, Health, meanProgress, type Progress } from '../src/train/health.js';
@@ -217,10 +218,10 @@ describe('training', function () {
       }
       const { rec } = await writer.finish(['a', 'b', 'c', 'd', 'e']);
       const { events, error } = await runTraining({
-        ...config('ten', { batch: 10, epochs: 40, milestones: [], augment: { flip: false } }),
+        ...config('ten', { batch: 10, epochs: 25, milestones: [], augment: { flip: false } }),
         data: rec,
         checkpointEvery: 1000,
-        validateEvery: 40,
+        validateEvery: 25,
       });
       assert.ifError(error);
       const epochs = eventsOf(events, 'epoch');
@@ -361,6 +362,16 @@ describe('training', function () {
     const unused = await Trainer.create(config('unused'));
     await unused.dispose();
     await assert.rejects(unused.run().next(), { code: 'ERR_DISPOSED' });
+  });
+});
+
+describe('the public API', () => {
+  it('has the names of the contract', () => {
+    const exported: Record<string, unknown> = { ...api };
+    const functions = ['weightLosses', 'openDataset', 'evaluateLfw', 'verification', 'devices'];
+    for (const name of [...functions, 'Trainer', 'FaceModel', 'MarginHead']) {
+      assert.equal(typeof exported[name], 'function', name);
+    }
   });
 });
 

@@ -1,7 +1,7 @@
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { type Command, InvalidArgumentError, Option } from 'commander';
+import { Command, InvalidArgumentError, Option } from 'commander';
 import sharp from 'sharp';
 import { openDataset } from '../data/dataset.js';
 import { RandomStream } from '../data/random.js';
@@ -50,11 +50,9 @@ interface Spread {
 }
 
 export function benchCommand(): Command {
-  const command = makeCommand(
-    'bench',
-    'Measure: the margin head, the whole training step, or the input pipeline.',
-    'hardmine bench step --precision bf16 --threads 2',
-  );
+  const command = new Command('bench')
+    .description('Measure: the margin head, the whole training step, or the input pipeline.')
+    .addHelpText('after', '\nExample:\n  $ hardmine bench step --precision bf16 --threads 2');
   const head = makeCommand(
     'head',
     'Forward and backward of the margin head (HM-ArcFace), fused against unfused, beside its bare matrix products.',

@@ -16,7 +16,7 @@ export async function readNpy(path: string): Promise<{ shape: number[]; data: Fl
     .split(',')
     .filter((size) => size.trim() !== '')
     .map(Number);
-  const data = new Float32Array(file.subarray(start).slice().buffer);
+  const data = new Float32Array(new Uint8Array(file.subarray(start)).buffer);
   if (data.length !== shape.reduce((a, b) => a * b, 1)) {
     throw new Error(`${path} has ${data.length} values for the shape ${shape}`);
   }

@@ -333,14 +333,14 @@ TEST_CASE("ring: a batch stays whole until the second following call") {
 }
 
 TEST_CASE("ring: a damaged image is reported when its batch's turn comes") {
-  constexpr int64_t n = 24;
-  constexpr int64_t batch = 4;
+  constexpr int64_t n = 48;
+  constexpr int64_t batch = 8;
   const auto order = epoch_permutation(n, 5, 1);
   for (const int threads : {1, 3}) {
     const auto records = std::make_shared<FakeRecords>(n);
     const int64_t first = order[2 * batch + 1];
     records->damage(first);
-    records->damage(order[2 * batch + 3]);  // the same batch: the lower row is reported
+    records->damage(order[2 * batch + 6]);  // the same batch: the lower row is reported
     records->damage(order[3 * batch]);
     Ledger ledger;
     const auto ring = make_ring(records, spec_of(n, batch, threads), ledger);
@@ -360,6 +360,25 @@ TEST_CASE("ring: a damaged image is reported when its batch's turn comes") {
     check_contains(error_of([&] { ring->next(); }),
                    {"image key " + std::to_string(order[3 * batch] + 1) + " at"});
   }
+}
+
+TEST_CASE(
+    "ring: seek waits for decoders at work, whose rows lie in slots about to be filled anew") {
+  const auto records = std::make_shared<FakeRecords>(20);
+  records->set_open(false);
+  Ledger ledger;
+  const auto ring = make_ring(records, spec_of(20, 4, 2), ledger);
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));  // both hold an image by now
+  std::atomic<bool> done{false};
+  std::thread consumer([&] {
+    ring->seek(2, 3);
+    done = true;
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  CHECK(!done);
+  records->set_open(true);
+  consumer.join();
+  CHECK(ring->next().labels[0] == 100 + epoch_permutation(20, 5, 2)[12]);
 }
 
 TEST_CASE("ring: wrong settings") {
