@@ -40,7 +40,10 @@ RingUse::RingUse(std::shared_ptr<Ring> ring, std::shared_ptr<bool> busy, const c
 }
 
 std::shared_ptr<RingUse> Batches::use(const char* call) {
-  require_open(call);
+  if (worker().closed()) {
+    throw Error(hardmine::codes::kDisposed,
+                std::string(call) + " needs batches that were disposed: make new ones.");
+  }
   return std::make_shared<RingUse>(ring_.lock(), busy_, call);
 }
 

@@ -148,11 +148,7 @@ class Block {
                   static_cast<unsigned>(i) / block_.x % block_.y,
                   static_cast<unsigned>(i) / (block_.x * block_.y)};
       l.wait = Wait::nothing;
-      getcontext(&l.context);
-      l.context.uc_stack.ss_sp = l.stack.get();
-      l.context.uc_stack.ss_size = kStackBytes;
-      l.context.uc_link = nullptr;
-      makecontext(&l.context, &Block::enter, 0);
+      prepare(l);
     }
     uint64_t state = order_seed;
     for (size_t i = order.size(); i > 1; --i) {  // permuted start order
@@ -189,6 +185,15 @@ class Block {
   }
 
  private:
+  // On its own: g++ takes getcontext for a setjmp and warns of variables in the caller.
+  [[gnu::noinline]] static void prepare(Lane& lane) {
+    getcontext(&lane.context);
+    lane.context.uc_stack.ss_sp = lane.stack.get();
+    lane.context.uc_stack.ss_size = kStackBytes;
+    lane.context.uc_link = nullptr;
+    makecontext(&lane.context, &Block::enter, 0);
+  }
+
   static void enter() {
     Block* block = current;
     (*block->kernel_)();

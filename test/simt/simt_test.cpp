@@ -46,7 +46,8 @@ TEST_CASE("a block-wide sum through shuffles, shared memory and barriers") {
           if (threadIdx.x == 0) out.data()[blockIdx.x] = partial[0] + partial[1] + partial[2];
         },
         seed);
-    for (int b = 0; b < 4; ++b) CHECK(out[static_cast<size_t>(b)] == 96.0F * (96 * b) + 95 * 48);
+    for (int b = 0; b < 4; ++b)
+      CHECK(out[static_cast<size_t>(b)] == static_cast<float>(96 * 96 * b + 95 * 48));
   }
   out.check();
 }

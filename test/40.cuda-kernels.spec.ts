@@ -1,0 +1,41 @@
+// The CUDA sources under nvcc, where it is: they compile without a warning and no kernel spills
+// registers. What the kernels compute is tested by test_simt (05.native.spec.ts), without nvcc.
+import assert from 'node:assert/strict';
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { skip } from './helpers/skip.js';
+
+const ROOT = fileURLToPath(new URL('..', import.meta.url));
+const hasNvcc = spawnSync('nvcc', ['--version']).status === 0;
+
+describe('CUDA kernels under nvcc', () => {
+  for (const architecture of ['sm_80', 'sm_90']) {
+    it(`compile for ${architecture} without a warning or a spill`, function () {
+      if (!hasNvcc) skip(this, 'nvcc is not installed');
+      this.timeout(180_000); // three operand types, on two cores with other work
+      const folder = mkdtempSync(join(tmpdir(), 'hardmine-nvcc-'));
+      try {
+        const { status, stdout, stderr } = spawnSync(
+          'nvcc',
+          [
+            ...['-std=c++20', `-arch=${architecture}`, '-I', ROOT, '--expt-relaxed-constexpr'],
+            ...['-Werror', 'all-warnings', '-Xptxas', '-v,-warn-spills'],
+            ...['-c', join(ROOT, 'test/gpu/compile_head.cu'), '-o', join(folder, 'head.o')],
+          ],
+          { encoding: 'utf8' },
+        );
+        assert.equal(status, 0, stdout + stderr);
+        const spills = [...stderr.matchAll(/(\d+) bytes spill stores, (\d+) bytes spill loads/g)];
+        assert.ok(spills.length >= 20, `ptxas reported ${spills.length} kernels:\n${stderr}`);
+        for (const [line, stores, loads] of spills) {
+          assert.ok(stores === '0' && loads === '0', line);
+        }
+      } finally {
+        rmSync(folder, { recursive: true, force: true });
+      }
+    });
+  }
+});
