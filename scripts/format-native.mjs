@@ -2,6 +2,7 @@
 
 import { spawnSync } from 'node:child_process';
 import { existsSync, readdirSync } from 'node:fs';
+import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
@@ -14,9 +15,6 @@ const files = ['binding', 'core', 'cpu', 'cuda', 'test/native', 'test/simt']
   .filter((name) => /\.(h|cpp|cu|cuh)$/.test(name))
   .sort();
 const mode = process.argv.includes('--check') ? ['--dry-run', '--Werror'] : ['-i'];
-const { status } = spawnSync(
-  process.execPath,
-  [join(root, 'node_modules/clang-format/index.js'), ...mode, ...files],
-  { cwd: root, stdio: 'inherit' },
-);
+const binary = createRequire(import.meta.url)('clang-format').getNativeBinary();
+const { status } = spawnSync(binary, [...mode, ...files], { cwd: root, stdio: 'inherit' });
 process.exit(status ?? 1);

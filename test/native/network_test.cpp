@@ -753,8 +753,10 @@ std::vector<float> run_loops(const NetworkLoops& table, int64_t channels) {
 
 TEST_CASE("the loops of every instruction set agree with the baseline's") {
   std::vector<const NetworkLoops*> tables;
+#if defined(__x86_64__)
   if (__builtin_cpu_supports("x86-64-v3")) tables.push_back(&avx2::network_loops());
   if (__builtin_cpu_supports("x86-64-v4")) tables.push_back(&avx512::network_loops());
+#endif
   for (const NetworkLoops* table : tables) {
     for (const int64_t channels : {1, 3, 8, 16, 27, 64, 100}) {
       INFO(table->isa << ", " << channels << " channels");
