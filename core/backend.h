@@ -18,7 +18,11 @@
 
 namespace hardmine {
 
-enum class Precision : uint8_t { fp32, bf16, fp16 };  // of products and activations; masters are fp32
+enum class Precision : uint8_t {
+  fp32,
+  bf16,
+  fp16
+};  // of products and activations; masters are fp32
 enum class Implementation : uint8_t { fused, unfused };
 
 // One process of a data-parallel run: every rank sees its own rows, the head's classes are sharded.
@@ -29,9 +33,9 @@ struct Topology {
 };
 
 struct Execution {
-  int device = 0;          // ordinal among the backend's devices
+  int device = 0;  // ordinal among the backend's devices
   Precision precision = Precision::fp32;
-  int threads = 0;         // CPU threads; 0: physical cores this process may use
+  int threads = 0;  // CPU threads; 0: physical cores this process may use
   bool deterministic = false;
   Topology topology;
 };
@@ -48,20 +52,20 @@ struct StepSettings {
   float lr = 0.01F;
   float momentum = 0.9F;
   float weight_decay = 5e-4F;
-  bool decay_all = false;        // also biases and batch-norm parameters
-  float margin_factor = 1;       // warm-up: m1 -> 1 + (m1 - 1) f, m2 -> m2 f, m3 -> m3 f
-  float lambda = 0;              // A-Softmax annealing, replaces MarginLaw::lambda
+  bool decay_all = false;   // also biases and batch-norm parameters
+  float margin_factor = 1;  // warm-up: m1 -> 1 + (m1 - 1) f, m2 -> m2 f, m3 -> m3 f
+  float lambda = 0;         // A-Softmax annealing, replaces MarginLaw::lambda
 };
 
 // Figures of one step, over the rows of this rank.
 struct StepStats {
-  double loss = 0;               // mean weighted loss: what the gradient is of
-  double base_loss = 0;          // mean base loss
+  double loss = 0;       // mean weighted loss: what the gradient is of
+  double base_loss = 0;  // mean base loss
   int64_t rows = 0;
-  int64_t correct = 0;           // argmax before the margin is the label
+  int64_t correct = 0;                            // argmax before the margin is the label
   int64_t silenced = 0, kept = 0, amplified = 0;  // dHM/dL < 0.1, between, > 1
-  double mean_cosine = 0;        // between embeddings of different identities; near 1 is collapse
-  double embedding_norm = 0;     // mean ||x||
+  double mean_cosine = 0;     // between embeddings of different identities; near 1 is collapse
+  double embedding_norm = 0;  // mean ||x||
 };
 
 // Rows of a margin head: embeddings [rows, dim] and labels [rows], on the host.
@@ -72,16 +76,16 @@ struct HeadInput {
 
 // Where forward_backward writes; an empty span is a result not wanted.
 struct HeadOutput {
-  double loss = 0;                      // mean of weighted_loss
-  std::span<float> base_loss;           // [rows]
-  std::span<float> weighted_loss;       // [rows]
-  std::span<float> grad_embeddings;     // [rows, dim] of `loss`
-  std::span<float> grad_weights;        // [classes, dim]
-  std::span<float> grad_bias;           // [classes], softmax only
+  double loss = 0;                   // mean of weighted_loss
+  std::span<float> base_loss;        // [rows]
+  std::span<float> weighted_loss;    // [rows]
+  std::span<float> grad_embeddings;  // [rows, dim] of `loss`
+  std::span<float> grad_weights;     // [classes, dim]
+  std::span<float> grad_bias;        // [classes], softmax only
 };
 
 struct HeadTimings {
-  double products_ms = 0;        // the three bare matrix products of one forward and backward
+  double products_ms = 0;  // the three bare matrix products of one forward and backward
 };
 
 // A margin-softmax head on its own, its class weights kept on the device.
@@ -103,9 +107,9 @@ class MarginHead {
 
 enum class TensorRole : uint8_t { parameter, statistic, momentum };
 
-// A named tensor of a session. Network tensors have torchvision's names, those of the batch-norm over
-// the embedding start with "embedding_bn.", the head's are "head.weight" and "head.bias"; momentum
-// is "momentum/" + the parameter's name. Layout is torch's (OIHW, row-major), fp32.
+// A named tensor of a session. Network tensors have torchvision's names, those of the batch-norm
+// over the embedding start with "embedding_bn.", the head's are "head.weight" and "head.bias";
+// momentum is "momentum/" + the parameter's name. Layout is torch's (OIHW, row-major), fp32.
 struct TensorInfo {
   std::string name;
   std::vector<int64_t> shape;
@@ -114,9 +118,9 @@ struct TensorInfo {
 
 struct SessionSpec {
   NetworkSpec network;
-  HeadSpec head;                 // dim must be the network's embedding
+  HeadSpec head;  // dim must be the network's embedding
   int64_t batch = 64;
-  uint64_t seed = 1;             // of the initialisation (core/initialise.h)
+  uint64_t seed = 1;  // of the initialisation (core/initialise.h)
 };
 
 // A network, its head and their optimiser, training together.
@@ -147,12 +151,13 @@ class Embedder {
 };
 
 struct DeviceInfo {
-  std::string name;              // "AMD EPYC ..." or "NVIDIA H100 80GB HBM3"
+  std::string name;  // "AMD EPYC ..." or "NVIDIA H100 80GB HBM3"
   int64_t memory_bytes = 0;
   int64_t free_bytes = 0;
-  int threads = 0;               // CPU: physical cores this process may use
+  int threads = 0;                    // CPU: physical cores this process may use
   std::vector<Precision> precisions;  // fast ones, best first
-  std::vector<std::pair<std::string, std::string>> details;  // "isa" -> "AVX512_BF16", "oneDNN" -> "2.6.3"
+  std::vector<std::pair<std::string, std::string>>
+      details;  // "isa" -> "AVX512_BF16", "oneDNN" -> "2.6.3"
 };
 
 class Backend {

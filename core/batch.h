@@ -7,19 +7,19 @@
 
 namespace hardmine {
 
-inline constexpr int kImageSize = 112;                                  // pixels, both sides
+inline constexpr int kImageSize = 112;                                      // pixels, both sides
 inline constexpr size_t kImageBytes = size_t{kImageSize} * kImageSize * 3;  // uint8 RGB, HWC
 
 // What augmentation does to one image; the backend applies it while it normalises.
 struct Augmentation {
-  uint8_t mirror = 0;      // 1: left and right exchanged
-  int8_t dx = 0, dy = 0;   // shift in pixels (after mirroring); uncovered pixels are black (0)
+  uint8_t mirror = 0;     // 1: left and right exchanged
+  int8_t dx = 0, dy = 0;  // shift in pixels (after mirroring); uncovered pixels are black (0)
 };
 
 struct Batch {
-  const uint8_t* images = nullptr;               // [size, 112, 112, 3] RGB
-  const int32_t* labels = nullptr;               // [size] class of each image
-  const Augmentation* augmentations = nullptr;   // [size]
+  const uint8_t* images = nullptr;              // [size, 112, 112, 3] RGB
+  const int32_t* labels = nullptr;              // [size] class of each image
+  const Augmentation* augmentations = nullptr;  // [size]
   int64_t size = 0;
 };
 

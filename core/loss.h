@@ -1,5 +1,5 @@
-// What a loss is, as data: the base loss, its margin law and the weighting over it. The formulas are
-// in core/loss_maths.h; every backend takes these structures.
+// What a loss is, as data: the base loss, its margin law and the weighting over it. The formulas
+// are in core/loss_maths.h; every backend takes these structures.
 #pragma once
 
 #include <cstdint>
@@ -13,15 +13,18 @@ enum class BaseKind : uint8_t { softmax, margin };
 struct MarginLaw {
   // psi(theta) = cos(m1 theta + m2) - m3 while m1 theta + m2 <= pi; beyond see `mirror`.
   double m1 = 1, m2 = 0, m3 = 0;
-  double scale = 64;         // s; ignored when norm_scale
-  bool norm_scale = false;   // s_i = ||x_i|| (A-Softmax)
-  double lambda = 0;         // target = (lambda cos + psi) / (1 + lambda)
-  bool mirror = true;        // beyond pi: (-1)^k cos phi - 2k - m3, k = floor(phi / pi)
-  bool detached = false;     // d psi / d cos taken as 1 (arcface_torch's "characteristic gradient")
+  double scale = 64;        // s; ignored when norm_scale
+  bool norm_scale = false;  // s_i = ||x_i|| (A-Softmax)
+  double lambda = 0;        // target = (lambda cos + psi) / (1 + lambda)
+  bool mirror = true;       // beyond pi: (-1)^k cos phi - 2k - m3, k = floor(phi / pi)
+  bool detached = false;    // d psi / d cos taken as 1 (arcface_torch's "characteristic gradient")
 };
 
 enum class WeightingKind : uint8_t { none, hard_mining };
-enum class HardMiningForm : uint8_t { equation, algorithm };  // Equation 2; Algorithm 1 (a factor beta)
+enum class HardMiningForm : uint8_t {
+  equation,
+  algorithm
+};  // Equation 2; Algorithm 1 (a factor beta)
 enum class Reduction : uint8_t { sample, batch };
 
 struct Weighting {

@@ -30,6 +30,7 @@ import {
   type NativeSession,
 } from '../src/native.js';
 import { packColours } from './helpers/packed-colours.js';
+import { skip } from './helpers/skip.js';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
 const ADDON = join(ROOT, 'build/Release/hardmine_cpu.node');
@@ -166,7 +167,9 @@ describe('the native addon', () => {
     });
 
     it('refuses cuda in one sentence where there is no CUDA addon', function () {
-      if (existsSync(join(ROOT, 'build/Release/hardmine_cuda.node'))) this.skip();
+      if (existsSync(join(ROOT, 'build/Release/hardmine_cuda.node'))) {
+        skip(this, 'the CUDA addon is built here');
+      }
       assert.throws(() => chooseDevice({ device: 'cuda:1' }), {
         code: 'ERR_DEVICE_UNAVAILABLE',
         message: /^Device cuda:1 was asked for but .* use --device cpu/,
