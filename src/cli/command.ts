@@ -1,7 +1,12 @@
 /** What all commands share: their options, their output, their exit codes. */
 import { Command, InvalidArgumentError } from 'commander';
-import pc from 'picocolors';
+import picocolors from 'picocolors';
 import { HardmineError } from '../errors.js';
+
+/** Colours for a person at a terminal only: picocolors alone would colour whatever runs under CI. */
+export const colours = picocolors.createColors(
+  process.stderr.isTTY === true && picocolors.isColorSupported,
+);
 
 export const EXIT = { done: 0, failed: 1, usage: 2, interrupted: 130 } as const;
 
@@ -22,7 +27,7 @@ export const output = {
     process.stderr.write(`${text}\n`);
   },
   warning(text: string): void {
-    process.stderr.write(`${pc.yellow('warning')}: ${text}\n`);
+    process.stderr.write(`${colours.yellow('warning')}: ${text}\n`);
   },
 };
 
@@ -44,7 +49,7 @@ export function exitCodeOf(error: unknown): number {
 
 export function printError(error: unknown, debug: boolean): void {
   const message = error instanceof Error ? error.message : String(error);
-  process.stderr.write(`${pc.red('error')}: ${message}\n`);
+  process.stderr.write(`${colours.red('error')}: ${message}\n`);
   if (debug && error instanceof Error) {
     process.stderr.write(`${error.stack ?? ''}\n`);
     if (error.cause instanceof Error)

@@ -1,10 +1,9 @@
 /** A run as people see it: a progress bar on a terminal, JSON lines elsewhere, both on stderr. */
 import { Presets, SingleBar } from 'cli-progress';
-import pc from 'picocolors';
 import type { DataProgress } from '../data/dataset.js';
 import type { LfwResult } from '../evaluate/lfw.js';
 import type { EpochEvent, TrainerEvent, TrainingPlan, ValidationEvent } from '../trainer.js';
-import { output, percent } from './command.js';
+import { colours, output, percent } from './command.js';
 
 /** A step's line on a log that is no terminal, at most this often. */
 const LINE_MS = 1000;
@@ -110,7 +109,7 @@ export class TrainingLog {
       }
       case 'warning': {
         const { type, ...figures } = event;
-        this.say(type, figures, () => `${pc.yellow('warning')}: ${event.message}`);
+        this.say(type, figures, () => `${colours.yellow('warning')}: ${event.message}`);
         return;
       }
     }
