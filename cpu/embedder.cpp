@@ -7,7 +7,6 @@
 #include <cstring>
 #include <utility>
 
-#include "core/initialise.h"
 #include "cpu/feature_maps.h"
 #include "cpu/threads.h"
 
