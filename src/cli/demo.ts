@@ -37,7 +37,7 @@ const TRAIN = { seed: 1, identities: 400 };
 const TEST = { seed: 2, identities: 60, imagesPerIdentity: 10 };
 const PAIRS = 2000;
 /** Training may take this long; with drawing, evaluation and report the demo stays below five minutes. */
-const TRAINING_SECONDS = 170;
+const TRAINING_SECONDS = 190;
 const MOST_EPOCHS = 40;
 /** New images teach more than seen ones, up to what is worth drawing. */
 const IMAGES_PER_IDENTITY = { least: 6, most: 24 };
