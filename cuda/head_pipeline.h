@@ -81,8 +81,8 @@ void run_head(const HeadMemory<T>& m, const HeadShape& shape, const LossSpec& lo
   const bool cosines = loss.base == BaseKind::margin;
   const dim3 rows(static_cast<unsigned>(shape.rows));
   launch("prepare_rows", &prepare_rows<T>, rows, kRowThreads, stream,
-         PrepareArguments{m.embeddings, m.labels, shape.rows, shape.dim, cosines, loss.margin},
-         m.class_weights, m.bias, m.normalised, m.targets);
+         PrepareArguments{m.embeddings, m.labels, shape.dim, cosines, loss.margin}, m.class_weights,
+         m.bias, m.normalised, m.targets);
   launch("chain_rows", &chain_rows, blocks_for(shape.rows, kThreads), kThreads, stream, m.labels,
          shape.rows, m.class_rows, m.next_row);
   const auto logits = [&](const Chunk& chunk) {

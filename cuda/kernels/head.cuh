@@ -71,7 +71,7 @@ struct HeadStatistics {
 struct PrepareArguments {
   const float* embeddings;
   const int* labels;
-  int rows, dim;
+  int dim;
   bool cosines;   // false: softmax with bias, nothing is normalised
   MarginLaw law;  // warmed up already
 };
