@@ -1,5 +1,5 @@
 /** A run as people see it: a progress bar on a terminal, JSON lines elsewhere, both on stderr. */
-import { Presets, SingleBar } from 'cli-progress';
+import { MultiBar, Presets, type SingleBar } from 'cli-progress';
 import type { DataProgress } from '../data/dataset.js';
 import type { LfwResult } from '../evaluate/lfw.js';
 import type { EpochEvent, TrainerEvent, TrainingPlan, ValidationEvent } from '../trainer.js';
@@ -20,6 +20,9 @@ export class TrainingLog {
   bestValidation: Omit<ValidationEvent, 'type' | 'best'> | null = null;
   evaluation: Omit<LfwResult, 'details'> | null = null;
   private readonly terminal = process.stderr.isTTY === true;
+  // A MultiBar of one: a SingleBar restores the cursor of its start when it stops, over whatever was
+  // written meanwhile.
+  private bars: MultiBar | null = null;
   private bar: SingleBar | null = null;
   private plan: TrainingPlan | null = null;
   private lastLineMs = Number.NEGATIVE_INFINITY;
@@ -38,17 +41,18 @@ export class TrainingLog {
     process.stderr.write(
       `\r\x1b[K${plan.images} images of ${plan.identities} identities, ${plan.totalSteps} steps on ${plan.device}, ${plan.precision}, ${plan.threads} threads\n`,
     );
-    this.bar = new SingleBar(
+    this.bars = new MultiBar(
       {
         stream: process.stderr,
         format:
           'epoch {epoch} |{bar}| {percentage}% | loss {loss} | accuracy {accuracy} | {speed} img/s | {left} left',
         hideCursor: true,
+        gracefulExit: false, // Ctrl-C is ours: the bar runs on until the checkpoint is written
         barsize: 24,
       },
       Presets.shades_classic,
     );
-    this.bar.start(plan.totalSteps, step, {
+    this.bar = this.bars.create(plan.totalSteps, step, {
       epoch: '-',
       loss: '-',
       accuracy: '-',
@@ -116,7 +120,8 @@ export class TrainingLog {
   }
 
   end(): void {
-    this.bar?.stop();
+    this.bars?.stop();
+    this.bars = null;
     this.bar = null;
   }
 
