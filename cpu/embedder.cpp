@@ -3,10 +3,11 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <utility>
 
+#include "core/folding.h"
+#include "core/tensors.h"
 #include "cpu/feature_maps.h"
 #include "cpu/threads.h"
 
@@ -15,19 +16,10 @@ namespace {
 
 using onednn::memory;
 
-// A convolution or linear node and the batch_norm folded into it, its values in torch's layout.
-struct Folded {
-  int node = -1;
-  int norm = -1;  // -1: none follows
-  std::vector<float> weight, bias;
-
-  int last() const { return norm < 0 ? node : norm; }
-};
-
 // The network at one batch size: primitives, their operands and the feature maps.
 class Pass {
  public:
-  Pass(const std::vector<Node>& nodes, const std::vector<Folded>& folded,
+  Pass(const std::vector<Node>& nodes, const std::vector<FoldedLayer>& folded,
        const onednn::engine& engine, memory::data_type type, int64_t batch)
       : nodes_(nodes), engine_(engine), type_(type), batch_(batch), scratch_(false), image_(false) {
     const MapFormat format(engine, nodes, batch, type);
@@ -86,15 +78,15 @@ class Pass {
     memory::desc desc;
   };
   struct Operand {
-    const Folded* from;
+    const FoldedLayer* from;
     memory weights;
   };
 
   // Plans what computes the output of a node. A node with a batch-norm is computed where the
   // batch-norm stands, so that the residual is there.
-  void plan(int index, const std::vector<Folded>& folded) {
+  void plan(int index, const std::vector<FoldedLayer>& folded) {
     const Node& node = nodes_[index];
-    for (const Folded& from : folded) {
+    for (const FoldedLayer& from : folded) {
       if (from.last() != index) continue;
       if (nodes_[from.node].op == Op::linear) {
         plan_linear(from);
@@ -122,7 +114,7 @@ class Pass {
     return false;
   }
 
-  void plan_convolution(const Folded& from) {
+  void plan_convolution(const FoldedLayer& from) {
     using tag = memory::format_tag;
     const Node& node = nodes_[from.node];
     const Node& last = nodes_[from.last()];
@@ -164,7 +156,7 @@ class Pass {
     add_call(dnnl::convolution_forward(desc), desc.scratchpad_desc(), std::move(arguments));
   }
 
-  void plan_linear(const Folded& from) {
+  void plan_linear(const FoldedLayer& from) {
     const Node& node = nodes_[from.node];
     const int64_t in = node.in_channels, out = node.out_channels;
     const Output& input = outputs_[node.input];
@@ -263,36 +255,6 @@ class Pass {
   std::vector<std::function<void(const onednn::stream&)>> steps_;
 };
 
-// Pairs every convolution and linear node with the batch-norm that alone reads it.
-std::vector<Folded> plan_folding(const std::vector<Node>& nodes) {
-  std::vector<Folded> folded;
-  for (size_t i = 0; i < nodes.size(); ++i) {
-    const Node& node = nodes[i];
-    if (node.op == Op::convolution || node.op == Op::linear) {
-      Folded entry;
-      entry.node = static_cast<int>(i);
-      entry.weight.resize(
-          static_cast<size_t>(node.out_channels * node.in_channels * node.kernel * node.kernel));
-      entry.bias.resize(static_cast<size_t>(node.out_channels));
-      folded.push_back(std::move(entry));
-    } else if (node.op == Op::batch_norm) {
-      const auto before = std::find_if(folded.begin(), folded.end(), [&](const Folded& entry) {
-        return entry.last() == node.input;
-      });
-      int64_t readers = 0;
-      for (const Node& other : nodes)
-        readers += (other.input == node.input) + (other.residual == node.input);
-      if (before == folded.end() || before->norm >= 0 || readers != 1) {
-        throw Error(codes::kConfig, "The batch-norm '" + node.name +
-                                        "' does not follow a convolution or linear layer that "
-                                        "nothing else reads, so it cannot be folded.");
-      }
-      before->norm = static_cast<int>(i);
-    }
-  }
-  return folded;
-}
-
 }  // namespace
 
 class FoldedNetwork::Impl {
@@ -303,33 +265,15 @@ class FoldedNetwork::Impl {
         threads_(threads),
         folded_(plan_folding(nodes_)) {}
 
-  void fold(const Reader& read) {
-    for (Folded& entry : folded_) {
-      const Node& node = nodes_[entry.node];
-      read(node.name + ".weight", entry.weight);
-      if (node.op == Op::linear) {
-        read(node.name + ".bias", entry.bias);
-      } else {
-        std::fill(entry.bias.begin(), entry.bias.end(), 0.0F);
-      }
-      if (entry.norm >= 0) fold_batch_norm(entry, read);
-    }
+  void fold(const TensorReader& read) {
+    read_folded(nodes_, folded_, read);
     for (Sized& sized : passes_) sized.stale = true;
   }
 
   void embed(std::span<const uint8_t> images, bool mirror, std::span<float> embeddings) {
-    const Node& first = *std::find_if(nodes_.begin(), nodes_.end(),
-                                      [](const Node& node) { return node.input < 0; });
-    const auto bytes = static_cast<size_t>(first.in_size * first.in_size * 3);
+    const size_t bytes = image_bytes(nodes_);
     const auto width = static_cast<size_t>(nodes_.back().out_channels);
-    const size_t count = images.size() / bytes;
-    if (images.size() != count * bytes || embeddings.size() != count * width) {
-      throw Error(codes::kInput, std::to_string(images.size()) + " bytes of images and room for " +
-                                     std::to_string(embeddings.size()) +
-                                     " values were given; expected " + std::to_string(bytes) +
-                                     " bytes and " + std::to_string(width) +
-                                     " values for each image.");
-    }
+    const size_t count = count_images(nodes_, images, embeddings);
     omp_set_num_threads(threads_);
     for (size_t done = 0; done < count;) {
       // Whole batches, then small ones for the rest: a single image does not pay for sixty-four.
@@ -350,25 +294,6 @@ class FoldedNetwork::Impl {
     bool stale = true;           // the weights changed since it took them
   };
 
-  // y = a (W x + b - mean) + beta with a = gamma / sqrt(var + eps).
-  void fold_batch_norm(Folded& entry, const Reader& read) const {
-    const Node& norm = nodes_[entry.norm];
-    const auto channels = static_cast<size_t>(norm.out_channels);
-    std::vector<float> gamma(channels, 1.0F), beta(channels), mean(channels), variance(channels);
-    if (!norm.fixed_scale) read(norm.name + ".weight", gamma);
-    read(norm.name + ".bias", beta);
-    read(norm.name + ".running_mean", mean);
-    read(norm.name + ".running_var", variance);
-    const size_t fan_in = entry.weight.size() / channels;
-    for (size_t c = 0; c < channels; ++c) {
-      const double scale = gamma[c] / std::sqrt(variance[c] + kBatchNormEpsilon);
-      for (size_t i = c * fan_in; i < (c + 1) * fan_in; ++i) {
-        entry.weight[i] = static_cast<float>(entry.weight[i] * scale);
-      }
-      entry.bias[c] = static_cast<float>((entry.bias[c] - mean[c]) * scale + beta[c]);
-    }
-  }
-
   Pass& ready(Sized& sized) {
     if (sized.pass == nullptr) {
       sized.pass = std::make_unique<Pass>(nodes_, folded_, engine_, type_, sized.batch);
@@ -382,14 +307,14 @@ class FoldedNetwork::Impl {
   int threads_;
   onednn::engine engine_{onednn::engine::kind::cpu, 0};
   onednn::stream stream_{engine_};
-  std::vector<Folded> folded_;
+  std::vector<FoldedLayer> folded_;
   Sized passes_[2] = {{kBatches[0], nullptr}, {kBatches[1], nullptr}};
 };
 
 FoldedNetwork::FoldedNetwork(std::vector<Node> nodes, Precision precision, int threads)
     : impl_(std::make_unique<Impl>(std::move(nodes), precision, threads)) {}
 FoldedNetwork::~FoldedNetwork() = default;
-void FoldedNetwork::fold(const Reader& read) {
+void FoldedNetwork::fold(const TensorReader& read) {
   impl_->fold(read);
 }
 void FoldedNetwork::embed(std::span<const uint8_t> images, bool mirror,
@@ -399,52 +324,35 @@ void FoldedNetwork::embed(std::span<const uint8_t> images, bool mirror,
 
 namespace {
 
-// Named tensors on the host; the folded network takes them over when something was written.
+// The folded network takes the values over when something was written.
 class CpuEmbedder : public Embedder {
  public:
-  CpuEmbedder(const NetworkSpec& spec, const Execution& execution)
-      : nodes_(build_network(spec)),
-        tensors_(network_tensors(nodes_)),
-        network_(nodes_, execution.precision,
-                 execution.threads > 0 ? execution.threads : physical_cores()) {
-    for (const TensorInfo& tensor : tensors_) {
-      size_t count = 1;
-      for (const int64_t side : tensor.shape) count *= static_cast<size_t>(side);
-      // Batch-norms start as torch's: scale and variance 1. Everything else waits to be written.
-      const bool one = tensor.name.ends_with(".running_var") ||
-                       (tensor.shape.size() == 1 && tensor.name.ends_with(".weight"));
-      values_.emplace_back(count, one ? 1.0F : 0.0F);
-    }
-  }
+  CpuEmbedder(const std::vector<Node>& nodes, const Execution& execution)
+      : values_(nodes),
+        network_(nodes, execution.precision,
+                 execution.threads > 0 ? execution.threads : physical_cores()) {}
 
-  const std::vector<TensorInfo>& tensors() const override { return tensors_; }
+  const std::vector<TensorInfo>& tensors() const override { return values_.tensors(); }
 
   void read(const std::string& name, std::span<float> values) const override {
-    const std::vector<float>& stored = values_[index_of(name, values.size())];
-    std::copy(stored.begin(), stored.end(), values.begin());
+    values_.read(name, values);
   }
 
   void write(const std::string& name, std::span<const float> values) override {
-    std::copy(values.begin(), values.end(), values_[index_of(name, values.size())].begin());
+    values_.write(name, values);
     stale_ = true;
   }
 
   void embed(std::span<const uint8_t> images, bool mirror, std::span<float> embeddings) override {
     if (std::exchange(stale_, false)) {
       network_.fold(
-          [this](const std::string& name, std::span<float> values) { read(name, values); });
+          [this](const std::string& name, std::span<float> values) { values_.read(name, values); });
     }
     network_.embed(images, mirror, embeddings);
   }
 
  private:
-  size_t index_of(const std::string& name, size_t count) const {
-    return static_cast<size_t>(&find_tensor(tensors_, name, count) - tensors_.data());
-  }
-
-  std::vector<Node> nodes_;
-  std::vector<TensorInfo> tensors_;
-  std::vector<std::vector<float>> values_;  // by tensor
+  NetworkValues values_;
   FoldedNetwork network_;
   bool stale_ = true;
 };
@@ -452,7 +360,7 @@ class CpuEmbedder : public Embedder {
 }  // namespace
 
 std::unique_ptr<Embedder> make_cpu_embedder(const NetworkSpec& spec, const Execution& execution) {
-  return std::make_unique<CpuEmbedder>(spec, execution);
+  return std::make_unique<CpuEmbedder>(build_network(spec), execution);
 }
 
 }  // namespace hardmine

@@ -92,49 +92,4 @@ onednn::memory::data_type data_type_of(Precision precision) {
   throw Error(codes::kConfig, "The precision fp16 is for GPUs; on a CPU use bf16 or fp32.");
 }
 
-std::vector<TensorInfo> network_tensors(const std::vector<Node>& nodes) {
-  std::vector<TensorInfo> tensors;
-  for (const Node& node : nodes) {
-    const auto add = [&](const char* suffix, std::vector<int64_t> shape, TensorRole role) {
-      tensors.push_back({node.name + suffix, std::move(shape), role});
-    };
-    switch (node.op) {
-      case Op::convolution:
-        add(".weight", {node.out_channels, node.in_channels, node.kernel, node.kernel},
-            TensorRole::parameter);
-        break;
-      case Op::batch_norm:
-        if (!node.fixed_scale) add(".weight", {node.out_channels}, TensorRole::parameter);
-        add(".bias", {node.out_channels}, TensorRole::parameter);
-        add(".running_mean", {node.out_channels}, TensorRole::statistic);
-        add(".running_var", {node.out_channels}, TensorRole::statistic);
-        break;
-      case Op::linear:
-        add(".weight", {node.out_channels, node.in_channels}, TensorRole::parameter);
-        add(".bias", {node.out_channels}, TensorRole::parameter);
-        break;
-      case Op::max_pool:
-      case Op::global_average_pool:
-        break;
-    }
-  }
-  return tensors;
-}
-
-const TensorInfo& find_tensor(const std::vector<TensorInfo>& tensors, const std::string& name,
-                              size_t values) {
-  const auto found = std::find_if(tensors.begin(), tensors.end(),
-                                  [&](const TensorInfo& tensor) { return tensor.name == name; });
-  if (found == tensors.end()) {
-    throw Error(codes::kInput, "There is no tensor named '" + name + "' here.");
-  }
-  int64_t count = 1;
-  for (const int64_t side : found->shape) count *= side;
-  if (static_cast<size_t>(count) != values) {
-    throw Error(codes::kInput, "The tensor '" + name + "' has " + std::to_string(count) +
-                                   " values, but " + std::to_string(values) + " were given.");
-  }
-  return *found;
-}
-
 }  // namespace hardmine

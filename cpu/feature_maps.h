@@ -112,11 +112,4 @@ ImageLayout image_layout(const onednn::memory::desc& desc, int64_t size);
 // Throws codes::kConfig for a precision that this CPU cannot compute in.
 onednn::memory::data_type data_type_of(Precision precision);
 
-// Parameters and running statistics in the order of the nodes, with torch's names and shapes.
-std::vector<TensorInfo> network_tensors(const std::vector<Node>& nodes);
-
-// Throws codes::kInput for a name that is not in `tensors` or a span of another size.
-const TensorInfo& find_tensor(const std::vector<TensorInfo>& tensors, const std::string& name,
-                              size_t values);
-
 }  // namespace hardmine

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/initialise.h"
+#include "core/tensors.h"
 #include "cpu/embedder.h"
 #include "cpu/feature_maps.h"
 #include "cpu/head.h"

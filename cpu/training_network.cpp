@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "core/initialise.h"
+#include "core/tensors.h"
 #include "cpu/feature_maps.h"
 #include "cpu/network_loops.h"
 #include "cpu/onednn.h"
@@ -859,12 +860,7 @@ class TrainingNetwork::Impl {
     plan_backward();
     for (const auto& buffer : context_.buffers) buffer->allocate();
     plan_update();
-    tensors_ = network_tensors(context_.nodes);
-    const std::vector<TensorInfo> current = tensors_;
-    for (const TensorInfo& tensor : current) {
-      if (tensor.role != TensorRole::parameter) continue;
-      tensors_.push_back({"momentum/" + tensor.name, tensor.shape, TensorRole::momentum});
-    }
+    tensors_ = training_tensors(context_.nodes);
     for (const Node& node : context_.nodes) {
       if (node.op != Op::convolution) continue;
       std::vector<float> weight(
