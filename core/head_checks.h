@@ -99,8 +99,11 @@ inline int64_t first_non_finite(std::span<const float> values) {
   return -1;
 }
 
-// `embedding` is that of `row`; its norm is no finite number.
-[[noreturn]] inline void throw_bad_embedding(int64_t row, std::span<const float> embedding) {
+// Products' operands are fp32 at most: a norm beyond its range has no usable embedding.
+inline void require_embedding(int64_t row, std::span<const float> embedding) {
+  double squares = 0;
+  for (const float x : embedding) squares += double{x} * x;
+  if (std::sqrt(squares) <= double{std::numeric_limits<float>::max()}) return;
   const int64_t k = first_non_finite(embedding);
   throw Error(codes::kNonFinite,
               "The embedding of row " + std::to_string(row) +
@@ -109,6 +112,12 @@ inline int64_t first_non_finite(std::span<const float> values) {
                                " at position " + std::to_string(k)) +
                   "; finite numbers are expected: look at the images of this batch or lower the "
                   "learning rate.");
+}
+
+inline void require_embeddings(const HeadInput& input, const HeadSpec& spec) {
+  const auto dim = static_cast<size_t>(spec.dim);
+  for (size_t row = 0; row < input.labels.size(); ++row)
+    require_embedding(static_cast<int64_t>(row), input.embeddings.subspan(row * dim, dim));
 }
 
 // `weights` are those of class `j`; their norm is no finite number.

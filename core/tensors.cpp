@@ -62,6 +62,12 @@ const TensorInfo& find_tensor(const std::vector<TensorInfo>& tensors, const std:
   return *found;
 }
 
+std::string non_finite_message(const std::string& tensor) {
+  return "Training has left the range of finite numbers: the first tensor with NaN or infinity "
+         "is " +
+         tensor + ". Lower the learning rate, or go on from the last checkpoint.";
+}
+
 NetworkValues::NetworkValues(const std::vector<Node>& nodes) : tensors_(network_tensors(nodes)) {
   for (const TensorInfo& tensor : tensors_) {
     size_t count = 1;

@@ -19,6 +19,9 @@ std::vector<TensorInfo> training_tensors(const std::vector<Node>& nodes);
 const TensorInfo& find_tensor(const std::vector<TensorInfo>& tensors, const std::string& name,
                               size_t values);
 
+// What to say when training has left the range of numbers and `tensor` is where it shows first.
+std::string non_finite_message(const std::string& tensor);
+
 // The tensors of a network for inference, on the host. Batch-norms start as torch's, with scale and
 // variance 1; everything else is 0 until it is written.
 class NetworkValues {

@@ -137,12 +137,6 @@ class CpuSession : public TrainingSession {
     return stats;
   }
 
-  static std::string non_finite_message(const std::string& tensor) {
-    return "Training has left the range of finite numbers: the first tensor with NaN or infinity "
-           "is " +
-           tensor + ". Lower the learning rate, or go on from the last checkpoint.";
-  }
-
   std::span<float> head_state(const std::string& name) const {
     if (name == "head.weight") return head_->weights();
     if (name == "head.bias") return head_->bias();

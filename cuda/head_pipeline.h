@@ -1,59 +1,92 @@
-// The order of the head's kernels and products (cuda/kernels/head.cuh says what each does), apart
-// from who owns the memory and who multiplies: cuda/head.cpp runs it with cuBLASLt, test/simt with
-// plain loops.
+// The order of the fused head's kernels and products (cuda/kernels/head.cuh says what each does),
+// apart from who owns the memory.
 #pragma once
 
 #include <algorithm>
 
+#include "core/loss.h"
 #include "cuda/kernels/head.cuh"
+#include "cuda/runtime.h"
 
 namespace hardmine::cuda {
-
-// Device memory of one head for up to `rows` rows; T is the type of the products' operands.
-template <typename T>
-struct HeadMemory {
-  // State.
-  float* weights;        // [classes, dim] master
-  float* velocity;       // [classes, dim]
-  float* norms;          // [classes]
-  T* class_weights;      // [classes, dim] normalised copy (softmax: a plain copy)
-  float* bias;           // [classes], softmax only, else null
-  float* bias_velocity;  // [classes]
-  int* class_rows;       // [classes], kNoRow between steps
-  // One step.
-  const float* embeddings;  // [rows, dim]
-  const int* labels;        // [rows]
-  T* normalised;            // [rows, dim]
-  T* scaled;                // [rows, dim]
-  int* next_row;            // [rows]
-  RowTarget* targets;       // [rows]
-  RowPart* parts;           // [chunks, rows]
-  RowGradient* gradients;   // [rows]
-  float* base_loss;         // [rows]
-  float* weighted_loss;     // [rows]
-  HeadStatistics* statistics;
-  float* logits;               // [rows, width]
-  T* probabilities;            // [rows, width]
-  float* embedding_products;   // [rows, dim]
-  float* weight_products;      // [width, dim]
-  float* embedding_gradients;  // [rows, dim]
-};
 
 struct HeadShape {
   int rows, dim;
   int64_t classes;
-  int width;  // classes of a chunk
+  int width;  // classes of a chunk, a multiple of kWidthMultiple
+  static int64_t padded(int64_t count) {
+    return (count + kWidthMultiple - 1) / kWidthMultiple * kWidthMultiple;
+  }
   int chunks() const { return static_cast<int>((classes + width - 1) / width); }
   Chunk chunk(int index) const {
     const int64_t first = int64_t{index} * width;
-    return {first, static_cast<int>(std::min<int64_t>(width, classes - first)), index};
+    const int64_t count = std::min<int64_t>(width, classes - first);
+    return {first, static_cast<int>(count), static_cast<int>(padded(count)), index};
   }
+  int similarity_parts() const { return (dim + kWarpSize - 1) / kWarpSize; }
 };
 
-// Where gradients go when the weights are to stay: both null in a training step.
-struct HeadGradients {
-  float* weights;  // [classes, dim]
-  float* bias;     // [classes]
+// What one head keeps from step to step; T is the type of the products' operands.
+template <typename T>
+struct HeadState {
+  float* weights;        // [classes, dim] master
+  float* velocity;       // [classes, dim]
+  float* norms;          // [classes]
+  T* class_weights;      // [padded classes, dim] normalised copy (softmax: a plain one), then zeros
+  float* bias;           // [classes], softmax only, else null
+  float* bias_velocity;  // [classes]
+  int* class_rows;       // [classes], kNoRow at first
+};
+
+// What a step computes for each of its rows.
+template <typename T>
+struct HeadRows {
+  T* normalised;               // [rows, dim]
+  int* next_row;               // [rows]
+  RowTarget* targets;          // [rows]
+  SoftmaxSum<float>* sums;     // [rows]
+  RowGradient* gradients;      // [rows]
+  float* base_loss;            // [rows]
+  float* weighted_loss;        // [rows]
+  SimilarityPart* similarity;  // [similarity_parts]
+  float* row_scale;            // [1]
+  int* non_finite;             // [1]
+  float* embedding_products;   // [rows, dim]
+};
+
+// The fused head's chunk, and its gradient twice where there are several chunks: one is updated
+// from while the next one is multiplied.
+template <typename T>
+struct HeadChunks {
+  T* scaled;                  // [rows, dim]
+  float* logits;              // [rows, width]
+  T* probabilities;           // [rows, width]
+  float* weight_products[2];  // [width, dim]; the second null where there is one chunk
+};
+
+// One pass, on the device: a training step where `settings` are given, else the weights stay and
+// their gradients are written where they are wanted.
+struct HeadPass {
+  const float* embeddings = nullptr;  // [rows, dim]
+  const int* labels = nullptr;        // [rows], each below the number of classes
+  const StepParameters* settings = nullptr;
+  StepRing ring{};
+  float* grad_embeddings = nullptr;  // [rows, dim]
+  float* grad_weights = nullptr;     // [classes, dim], null: not wanted
+  float* grad_bias = nullptr;        // [padded classes], null: not wanted
+};
+
+// The second stream of a head and what orders it: work for it forks from the main stream and joins
+// it again within a pass, so that a pass can be captured.
+struct SideStream {
+  Stream stream;
+  Event forked;
+  Event done[2];
+
+  void fork(const Stream& main) const {
+    forked.record(main.get());
+    stream.wait(forked);
+  }
 };
 
 inline dim3 blocks_for(int64_t items, int per_block) {
@@ -61,79 +94,118 @@ inline dim3 blocks_for(int64_t items, int per_block) {
 }
 
 template <typename T>
-void set_class_weights(const HeadMemory<T>& m, const HeadShape& shape, bool cosines,
-                       cudaStream_t stream) {
-  launch("normalise_classes", &normalise_classes<T>,
-         blocks_for(shape.classes, kRowThreads / kWarpSize), kRowThreads, stream, m.weights,
-         shape.classes, shape.dim, cosines, m.norms, m.class_weights);
+void normalise(const float* values, int64_t rows, int dim, bool cosines, float* norms,
+               T* normalised, const Stream& stream) {
+  launch("normalise_rows", &normalise_rows<T>, blocks_for(rows, kRowThreads / kWarpSize),
+         kRowThreads, stream.get(), values, rows, dim, cosines, norms, normalised);
 }
 
-// Forward and backward, and the SGD step unless `wanted` names gradients. Products offers
-//   logits(normalised, class_weights, rows, width, dim, out)                out = a b^T
-//   embedding_gradient(probabilities, class_weights, rows, width, dim, out) out += a b
-//   weight_gradient(probabilities, scaled, rows, width, dim, out)           out = a^T b
-// on the same stream.
+// Chains the rows of each class and measures how alike strangers are, beside the first products;
+// side.done[0] is recorded behind them.
+template <typename T>
+void start_side(const HeadState<T>& state, const HeadRows<T>& rows, const HeadShape& shape,
+                const HeadPass& pass, const Stream& main, const SideStream& side) {
+  side.fork(main);
+  launch("chain_rows", &chain_rows, blocks_for(shape.rows, kChainThreads), kChainThreads,
+         side.stream.get(), pass.labels, shape.rows, state.class_rows, rows.next_row);
+  launch("similarity", &similarity, blocks_for(shape.dim, kWarpSize), kSimilarityWarps * kWarpSize,
+         side.stream.get(), pass.embeddings, pass.labels, shape.rows, shape.dim, rows.targets,
+         state.class_rows, rows.next_row, rows.similarity);
+  side.done[0].record(side.stream.get());
+}
+
+template <typename T>
+void finish_losses(const HeadRows<T>& rows, const HeadShape& shape, const LossSpec& loss,
+                   const HeadPass& pass, const Stream& main, const SideStream& side) {
+  main.wait(side.done[0]);
+  const int warps = (shape.rows + kWarpSize - 1) / kWarpSize;
+  launch("finish_rows", &finish_rows, 1, std::min(warps * kWarpSize, kMostFinishThreads),
+         main.get(),
+         FinishArguments{shape.rows, loss.base == BaseKind::margin, loss.weighting, rows.sums,
+                         rows.targets, rows.similarity, shape.similarity_parts(), rows.base_loss,
+                         rows.weighted_loss, rows.gradients, rows.row_scale, rows.non_finite,
+                         pass.ring});
+}
+
+// Forward and backward, and the SGD step where `pass` has settings. Products offers, on `main`,
+//   logits(normalised, class_weights, width, out)                out = a b^T
+//   embedding_gradient(probabilities, class_weights, width, out) out += a b
+//   weight_gradient(probabilities, scaled, width, out)           out = a^T b
+// with the chunk's padded width, which is its matrices' leading dimension too.
 template <typename T, typename Products>
-void run_head(const HeadMemory<T>& m, const HeadShape& shape, const LossSpec& loss,
-              const SgdArguments& sgd, const HeadGradients& wanted, Products& products,
-              cudaStream_t stream) {
+void run_head(const HeadState<T>& state, const HeadRows<T>& rows, const HeadChunks<T>& chunks,
+              const HeadShape& shape, const LossSpec& loss, const HeadPass& pass,
+              Products& products, const Stream& main, const SideStream& side) {
   constexpr int kThreads = 256;
   const bool cosines = loss.base == BaseKind::margin;
-  const dim3 rows(static_cast<unsigned>(shape.rows));
-  launch("prepare_rows", &prepare_rows<T>, rows, kRowThreads, stream,
-         PrepareArguments{m.embeddings, m.labels, shape.dim, cosines, loss.margin}, m.class_weights,
-         m.bias, m.normalised, m.targets);
-  launch("chain_rows", &chain_rows, blocks_for(shape.rows, kThreads), kThreads, stream, m.labels,
-         shape.rows, m.class_rows, m.next_row);
-  const auto logits = [&](const Chunk& chunk) {
-    products.logits(m.normalised, m.class_weights + chunk.first_class * shape.dim, shape.rows,
-                    chunk.width, shape.dim, m.logits);
-  };
-  for (int index = 0; index < shape.chunks(); ++index) {
+  const int dim = shape.dim, count = shape.chunks();
+  const dim3 row_blocks(static_cast<unsigned>(shape.rows));
+  launch("prepare_rows", &prepare_rows<T>, row_blocks, kRowThreads, main.get(),
+         PrepareArguments{pass.embeddings, pass.labels, dim, cosines, loss.margin, pass.settings},
+         state.class_weights, state.bias, rows.normalised, rows.targets);
+  start_side(state, rows, shape, pass, main, side);
+  for (int index = 0; index < count; ++index) {
     const Chunk chunk = shape.chunk(index);
-    logits(chunk);
-    launch("softmax_chunk", &softmax_chunk<kThreads>, rows, kThreads, stream, m.logits, chunk,
-           shape.rows, m.labels, m.targets, m.bias, m.parts);
+    products.logits(rows.normalised, state.class_weights + chunk.first_class * dim, chunk.padded,
+                    chunks.logits);
+    launch("softmax_chunk", &softmax_chunk<kThreads>, row_blocks, kThreads, main.get(),
+           chunks.logits, chunk, pass.labels, rows.targets, state.bias, rows.sums);
   }
-  launch("finish_rows", &finish_rows, 1, kFinishThreads, stream, m.parts, shape.chunks(),
-         shape.rows, m.targets, loss.weighting, m.base_loss, m.weighted_loss, m.gradients,
-         m.statistics);
-  launch("start_gradients", &start_gradients<T>, rows, kRowThreads, stream, m.normalised,
-         m.class_weights, m.labels, shape.dim, m.targets, m.gradients, m.scaled,
-         m.embedding_products);
-  for (int index = 0; index < shape.chunks(); ++index) {
-    const Chunk chunk = shape.chunk(index);
-    if (shape.chunks() > 1) logits(chunk);  // a single chunk is still there
-    launch("gradient_chunk", &gradient_chunk<T>,
-           dim3(blocks_for(chunk.width, kThreads).x, static_cast<unsigned>(shape.rows)), kThreads,
-           stream, m.logits, chunk, shape.rows, m.labels, m.targets, m.gradients, m.bias,
-           m.probabilities);
-    products.embedding_gradient(m.probabilities, m.class_weights + chunk.first_class * shape.dim,
-                                shape.rows, chunk.width, shape.dim, m.embedding_products);
-    products.weight_gradient(m.probabilities, m.scaled, shape.rows, chunk.width, shape.dim,
-                             m.weight_products);
-    if (m.bias != nullptr) {
-      launch("bias_chunk", &bias_chunk<T>, blocks_for(chunk.width, kThreads), kThreads, stream, sgd,
-             chunk, m.probabilities, shape.rows, m.labels, m.gradients, m.bias, m.bias_velocity,
-             wanted.bias);
-    }
-    const auto update = [&](auto kernel) {
+  finish_losses(rows, shape, loss, pass, main, side);
+  launch("start_gradients", &start_gradients<T>, row_blocks, kRowThreads, main.get(),
+         rows.normalised, state.class_weights, pass.labels, dim, rows.targets, rows.gradients,
+         rows.row_scale, chunks.scaled, rows.embedding_products);
+
+  const SgdArguments sgd{pass.settings, rows.row_scale, rows.non_finite, pass.labels, shape.rows,
+                         dim,           cosines};
+  const auto update = [&](const Chunk& chunk, const float* weight_products, const Stream& stream) {
+    const auto with = [&](auto kernel) {
       launch("sgd_classes", kernel, blocks_for(chunk.width, kRowThreads / kWarpSize), kRowThreads,
-             stream, sgd, chunk, m.weight_products, m.normalised, m.targets, m.gradients,
-             m.class_rows, m.next_row, m.weights, m.velocity, m.norms, m.class_weights,
-             wanted.weights);
+             stream.get(), sgd, chunk, weight_products, rows.normalised, rows.targets,
+             rows.gradients, state.class_rows, rows.next_row, state.weights, state.velocity,
+             state.norms, state.class_weights, pass.grad_weights);
     };
-    if (shape.dim <= 128) {
-      update(&sgd_classes<T, 4>);
-    } else if (shape.dim <= 512) {
-      update(&sgd_classes<T, 16>);
+    if (dim % 4 != 0) {
+      with(&sgd_classes<T, 32, 1>);
+    } else if (dim <= 128) {
+      with(&sgd_classes<T, 4, 4>);
+    } else if (dim <= 512) {
+      with(&sgd_classes<T, 16, 4>);
     } else {
-      update(&sgd_classes<T, 32>);
+      with(&sgd_classes<T, 32, 4>);
     }
+  };
+  // The last chunk first: it is the one that the first pass left behind.
+  for (int step = 0; step < count; ++step) {
+    const Chunk chunk = shape.chunk(count - 1 - step);
+    const T* class_weights = state.class_weights + chunk.first_class * dim;
+    float* weight_products = chunks.weight_products[step % 2];
+    if (step > 0) products.logits(rows.normalised, class_weights, chunk.padded, chunks.logits);
+    launch("gradient_chunk", &gradient_chunk<T>,
+           dim3(row_blocks.x, blocks_for(chunk.padded, kThreads * kVectorWidth<T>).x), kThreads,
+           main.get(), chunks.logits, chunk, pass.labels, rows.targets, rows.gradients, state.bias,
+           chunks.probabilities);
+    products.embedding_gradient(chunks.probabilities, class_weights, chunk.padded,
+                                rows.embedding_products);
+    if (step >= 2) main.wait(side.done[step % 2]);  // `weight_products` is free again
+    products.weight_gradient(chunks.probabilities, chunks.scaled, chunk.padded, weight_products);
+    if (state.bias != nullptr) {
+      launch("bias_chunk", &bias_chunk<T>, blocks_for(chunk.width, kWarpSize),
+             kBiasWarps * kWarpSize, main.get(), sgd, chunk, chunks.probabilities, rows.gradients,
+             state.bias, state.bias_velocity, pass.grad_bias);
+    }
+    if (count == 1) {
+      update(chunk, weight_products, main);
+      break;
+    }
+    side.fork(main);
+    update(chunk, weight_products, side.stream);
+    side.done[step % 2].record(side.stream.get());
   }
-  launch("finish_embeddings", &finish_embeddings<T>, rows, kRowThreads, stream,
-         m.embedding_products, m.normalised, shape.dim, cosines, loss.margin.norm_scale, m.targets,
-         m.gradients, m.embedding_gradients);
+  launch("finish_embeddings", &finish_embeddings<T>, row_blocks, kRowThreads, main.get(),
+         rows.embedding_products, rows.normalised, dim, cosines, loss.margin.norm_scale,
+         rows.targets, rows.gradients, pass.grad_embeddings);
+  if (count > 1) main.wait(side.done[(count - 1) % 2]);
 }
 
 }  // namespace hardmine::cuda

@@ -2,16 +2,17 @@
 // Plain Node without dependencies, since it runs before there are any. Says each step on stderr and
 // does nothing, silently, when all is there.
 //
-//   node scripts/setup.mjs [--only packages|native|dist] [--tests]
+//   node scripts/setup.mjs [--only packages|native|dist] [--tests] [--cuda]
 //
-// --tests also builds the native unit tests.
+// --tests also builds the native unit tests; --cuda also the CUDA addon, where nvcc is. A machine with
+// an NVIDIA driver gets that addon without being asked.
 
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { once } from 'node:events';
 import * as fs from 'node:fs';
 import { createServer } from 'node:net';
-import { availableParallelism, constants } from 'node:os';
+import { availableParallelism, constants, homedir } from 'node:os';
 import { dirname, join, relative } from 'node:path';
 import { setTimeout } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
@@ -19,6 +20,7 @@ import { fileURLToPath } from 'node:url';
 const ROOT = dirname(dirname(fileURLToPath(import.meta.url)));
 const BUILD = join(ROOT, 'build');
 const ADDON = join(BUILD, 'Release', 'hardmine_cpu.node');
+const CUDA_ADDON = join(BUILD, 'Release', 'hardmine_cuda.node');
 
 /** A failure that a person can mend: printed without a stack trace. */
 class SetupError extends Error {}
@@ -212,6 +214,7 @@ function hashOf(paths) {
 }
 
 const NATIVE_SOURCES = ['CMakeLists.txt', 'binding', 'core', 'cpu', 'package-lock.json'];
+const TEST_SOURCES = ['test/native', 'test/simt', 'cuda'];
 
 /** Stamps: what each product was built from, written when it was built. */
 const stampPath = (product) => join(BUILD, `.${product}.stamp`);
@@ -221,21 +224,53 @@ function setStamp(product, hash) {
   fs.writeFileSync(stampPath(product), hash);
 }
 
-function addonLoads() {
+function loads(addon) {
   try {
-    process.dlopen({ exports: {} }, ADDON, constants.dlopen.RTLD_NOW);
+    process.dlopen({ exports: {} }, addon, constants.dlopen.RTLD_NOW);
     return true;
   } catch {
     return false; // not built, or a library of it was removed since
   }
 }
 
-function setUpNative(withTests) {
-  const product = withTests ? 'native-tests' : 'native';
-  const hash = hashOf([...NATIVE_SOURCES, ...(withTests ? ['test/native'] : [])]);
-  if (isCurrent(product, hash) && addonLoads()) return;
+/** Where NVIDIA's kernel module says that it is there. */
+const hasGpu = () => fs.existsSync('/proc/driver/nvidia/version');
+
+/** The CUDA compiler: on the path, in the toolkit's usual place, or brought by setup:cuda. */
+function findNvcc() {
+  const cache = process.env.XDG_CACHE_HOME || join(homedir(), '.cache');
+  const places = [
+    process.env.CUDACXX,
+    ...(process.env.PATH ?? '').split(':').map((folder) => join(folder, 'nvcc')),
+    '/usr/local/cuda/bin/nvcc',
+    join(cache, 'hardmine', 'cuda', 'nvidia', 'cu13', 'bin', 'nvcc'),
+  ];
+  return places.find((place) => place && fs.existsSync(place)) ?? null;
+}
+
+function setUpNative(withTests, cudaAsked) {
+  const nvcc = findNvcc();
+  const withCuda = nvcc !== null && (cudaAsked || hasGpu() || fs.existsSync(CUDA_ADDON));
+  const products = [
+    { name: 'native', sources: NATIVE_SOURCES, there: () => loads(ADDON) },
+    withTests && {
+      name: 'native-tests',
+      sources: [...NATIVE_SOURCES, ...TEST_SOURCES],
+      there: () => true,
+    },
+    withCuda && {
+      name: 'cuda',
+      sources: [...NATIVE_SOURCES, 'cuda'],
+      there: () => loads(CUDA_ADDON),
+    },
+  ].filter(Boolean);
+  const hashes = products.map(({ sources }) => hashOf(sources));
+  if (products.every(({ name, there }, i) => isCurrent(name, hashes[i]) && there())) return;
   setUpSystem(withTests);
-  say(`building the native addon${withTests ? ' and its tests' : ''} (a minute or two)`);
+  const what = ['the native addon', withCuda && 'the CUDA addon', withTests && 'their tests'];
+  say(
+    `building ${what.filter(Boolean).join(', ')} (${withCuda ? 'some minutes' : 'a minute or two'})`,
+  );
   dropForeignCache();
   const cmakeJs = (command, ...args) =>
     run(
@@ -250,15 +285,23 @@ function setUpNative(withTests) {
         ...args,
       ],
       {
+        env: nvcc === null ? {} : { CUDACXX: nvcc },
         mend: 'see the message of the compiler or of CMake above.',
       },
     );
-  cmakeJs('configure', `--CDHARDMINE_TESTS=${withTests ? 'ON' : 'OFF'}`);
+  // For the GPUs of this machine where there are any, else for all that CMakeLists.txt names.
+  const architectures = process.env.HARDMINE_CUDA_ARCHITECTURES ?? (hasGpu() ? 'native' : null);
+  cmakeJs(
+    'configure',
+    `--CDHARDMINE_TESTS=${withTests ? 'ON' : 'OFF'}`,
+    `--CDHARDMINE_CUDA=${withCuda ? 'ON' : 'OFF'}`,
+    ...(architectures === null ? [] : [`--CDHARDMINE_CUDA_ARCHITECTURES=${architectures}`]),
+  );
   cmakeJs('build', '--parallel', String(availableParallelism()));
-  if (!addonLoads()) process.dlopen({ exports: {} }, ADDON, constants.dlopen.RTLD_NOW);
-  setStamp(product, hash);
-  // The addon was built from the same sources either way.
-  if (withTests) setStamp('native', hashOf(NATIVE_SOURCES));
+  for (const addon of [ADDON, ...(withCuda ? [CUDA_ADDON] : [])]) {
+    if (!loads(addon)) process.dlopen({ exports: {} }, addon, constants.dlopen.RTLD_NOW);
+  }
+  for (const [i, { name }] of products.entries()) setStamp(name, hashes[i]);
 }
 
 /** CMake refuses a cache that was made in another folder or for a generator that has gone. */
@@ -294,13 +337,14 @@ function setUpDist() {
 }
 
 function parseArguments(args) {
-  const options = { only: null, tests: false };
+  const options = { only: null, tests: false, cuda: false };
   for (let i = 0; i < args.length; i++) {
     if (args[i] === '--tests') options.tests = true;
+    else if (args[i] === '--cuda') options.cuda = true;
     else if (args[i] === '--only') options.only = args[++i];
     else
       throw new SetupError(
-        `Unknown argument ${args[i]}: give --only packages|native|dist or --tests.`,
+        `Unknown argument ${args[i]}: give --only packages|native|dist, --tests or --cuda.`,
       );
   }
   if (options.only !== null && !['packages', 'native', 'dist'].includes(options.only)) {
@@ -310,11 +354,11 @@ function parseArguments(args) {
 }
 
 try {
-  const { only, tests } = parseArguments(process.argv.slice(2));
+  const { only, tests, cuda } = parseArguments(process.argv.slice(2));
   checkNode();
   await withLock(() => {
     setUpPackages();
-    if (only === null || only === 'native') setUpNative(tests);
+    if (only === null || only === 'native') setUpNative(tests, cuda);
     if (only === null || only === 'dist') setUpDist();
   });
 } catch (error) {

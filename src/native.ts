@@ -363,6 +363,13 @@ export function chooseDevice(request: DeviceRequest): ChosenDevice {
   return { addon, execution: { device: ordinal, precision, threads, deterministic }, why };
 }
 
+/** Where NVIDIA's kernel module says that it is there. */
+export const hasNvidiaDriver = (): boolean => existsSync('/proc/driver/nvidia/version');
+
+/** How a machine with a GPU gets the CUDA addon. */
+export const CUDA_ADDON_REMEDY =
+  'build it with `npm run build` (nvcc, which that needs, comes with `npm run setup:cuda`)';
+
 function resolveDevice(name: string): { backend: Backend; ordinal: number; why: string } {
   if (name === 'auto') return chooseAutomatically();
   if (name === 'cpu') return { backend: 'cpu', ordinal: 0, why: 'The CPU was asked for.' };
@@ -377,7 +384,7 @@ function resolveDevice(name: string): { backend: Backend; ordinal: number; why: 
     throw new HardmineError(
       'ERR_DEVICE_UNAVAILABLE',
       `Device ${name} was asked for but this installation has no CUDA addon ` +
-        `(${addonPath('cuda')} is not there): use --device cpu, or leave the option out.`,
+        `(${addonPath('cuda')} is not there): ${hasNvidiaDriver() ? CUDA_ADDON_REMEDY : 'the machine has no NVIDIA driver either'}; or use --device cpu.`,
     );
   }
   return { backend: 'cuda', ordinal: Number(cuda[1] ?? 0), why: `Device ${name} was asked for.` };
@@ -386,17 +393,17 @@ function resolveDevice(name: string): { backend: Backend; ordinal: number; why: 
 function chooseAutomatically(): { backend: Backend; ordinal: number; why: string } {
   const cpu = (why: string) => ({ backend: 'cpu' as const, ordinal: 0, why });
   if (!existsSync(addonPath('cuda'))) {
-    // Where the driver of NVIDIA's kernel module says that it is there.
-    const gpu = existsSync('/proc/driver/nvidia/version');
     return cpu(
-      gpu
-        ? 'The CPU, because this installation has no CUDA addon, though the machine has an NVIDIA driver.'
+      hasNvidiaDriver()
+        ? `The CPU, because this installation has no CUDA addon, though the machine has an NVIDIA driver: ${CUDA_ADDON_REMEDY}.`
         : 'The CPU, because this machine has no NVIDIA driver.',
     );
   }
   try {
     const device = loadAddon('cuda').devices()[0];
     if (device === undefined) return cpu('The CPU, because CUDA found no usable GPU.');
+    if (device.precisions.length === 0)
+      return cpu(`The CPU, because ${device.name} lacks libraries: ${device.details.missing}`);
     return { backend: 'cuda', ordinal: 0, why: `CUDA found ${device.name}.` };
   } catch (error) {
     const reason = error instanceof Error ? error.message : String(error);

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <string>
 
-#include "core/error.h"
+#include "cuda/check.h"
 
 namespace hardmine::cuda {
 
@@ -90,11 +90,9 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
   const cudaError_t status =
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (status != cudaSuccess) {
-    throw Error(codes::kBackend, std::string("CUDA could not launch ") + name + " (grid " +
-                                     std::to_string(config.gridDim.x) + "x" +
-                                     std::to_string(config.gridDim.y) + ", block " +
-                                     std::to_string(config.blockDim.x) +
-                                     "): " + cudaGetErrorString(status) + ".");
+    check(status, std::string("the launch of ") + name + " (grid " +
+                      std::to_string(config.gridDim.x) + "x" + std::to_string(config.gridDim.y) +
+                      ", block " + std::to_string(config.blockDim.x) + ")");
   }
 }
 

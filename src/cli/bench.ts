@@ -134,6 +134,19 @@ function deviceFor(options: Options) {
 const show = ({ median, min, max }: Spread): string =>
   `${median.toFixed(2)} (${min.toFixed(2)}-${max.toFixed(2)})`;
 
+/** The same numbers again and again: half a billion draws would take longer than what is timed. */
+function classWeights(count: number): Float32Array {
+  const random = new RandomStream(1, 0);
+  const drawn = Float32Array.from({ length: Math.min(count, 2 ** 20) }, () =>
+    random.uniform(-0.01, 0.01),
+  );
+  const weights = new Float32Array(count);
+  for (let at = 0; at < count; at += drawn.length) {
+    weights.set(drawn.subarray(0, Math.min(drawn.length, count - at)), at);
+  }
+  return weights;
+}
+
 async function benchHead(options: Options & { shapes: Shape[]; batch?: number }): Promise<void> {
   const { addon, execution, name, threads } = deviceFor(options);
   const results = [];
@@ -144,11 +157,7 @@ async function benchHead(options: Options & { shapes: Shape[]; batch?: number })
       output.note(`${implementation} ${batch}x${dim}x${classes}`);
       const head = await addon.createHead({ classes, dim, loss: LOSS, implementation }, execution);
       try {
-        const random = new RandomStream(1, 0);
-        const weights = Float32Array.from({ length: classes * dim }, () =>
-          random.uniform(-0.01, 0.01),
-        );
-        await head.setWeights(weights, null);
+        await head.setWeights(classWeights(classes * dim), null);
         const time = async (what: 'forwardBackward' | 'step' | 'products'): Promise<Spread> => {
           await head.time(what, batch, WARM_UP);
           return spread(await head.time(what, batch, options.repeats));

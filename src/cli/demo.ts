@@ -1,8 +1,9 @@
-import { copyFile, mkdir, rm } from 'node:fs/promises';
+import { copyFile, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Command } from 'commander';
 import type { ConfigInput } from '../config.js';
 import { type Dataset, openDataset } from '../data/dataset.js';
+import { makeFolders } from '../data/files.js';
 import { generateFaces } from '../data/generated-faces.js';
 import { validationPairs } from '../data/split.js';
 import {
@@ -17,7 +18,7 @@ import {
 import type { TensorMap } from '../formats/safetensors.js';
 import { resolveLoss } from '../loss.js';
 import { FaceModel } from '../model.js';
-import { chooseDevice } from '../native.js';
+import { chooseDevice, hasNvidiaDriver } from '../native.js';
 import { type ReportPair, writeReport } from '../report/report.js';
 import { readMetrics } from '../train/run-directory.js';
 import { Trainer } from '../trainer.js';
@@ -92,7 +93,9 @@ async function demo(options: Options): Promise<void> {
   const { out, device } = options;
   const { signal } = interrupt;
   await rm(out, { recursive: true, force: true });
-  await mkdir(out, { recursive: true });
+  await makeFolders(out);
+  const { addon, why } = chooseDevice({ device });
+  if (addon.backend === 'cpu' && device === 'auto' && hasNvidiaDriver()) output.note(why);
 
   // Outside the run directory, which is replaced: a second demo need not draw them again.
   const cache = join(dirname(out), '.hardmine-cache', 'demo');

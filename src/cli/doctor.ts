@@ -1,7 +1,13 @@
-import { existsSync } from 'node:fs';
 import type { Command } from 'commander';
 import { HardmineError } from '../errors.js';
-import { backends, chooseDevice, loadAddon, type NativeDevice } from '../native.js';
+import {
+  backends,
+  CUDA_ADDON_REMEDY,
+  chooseDevice,
+  hasNvidiaDriver,
+  loadAddon,
+  type NativeDevice,
+} from '../native.js';
 import { type CommonOptions, makeCommand, output } from './command.js';
 
 interface BackendReport {
@@ -22,15 +28,16 @@ export function doctorCommand(): Command {
 
 function examine(backend: 'cpu' | 'cuda'): BackendReport {
   if (!backends().includes(backend)) {
-    const gpu = existsSync('/proc/driver/nvidia/version');
-    const problem = gpu
-      ? 'an NVIDIA driver is there, but this installation has no CUDA addon and computes on the CPU'
+    const problem = hasNvidiaDriver()
+      ? `an NVIDIA driver is there, but this installation has no CUDA addon: ${CUDA_ADDON_REMEDY}`
       : null;
     return { backend, usable: false, devices: [], problem };
   }
   try {
     const devices = loadAddon(backend).devices();
-    return { backend, usable: devices.length > 0, devices, problem: null };
+    // A GPU without its libraries computes in no type.
+    const usable = devices.some((device) => device.precisions.length > 0);
+    return { backend, usable, devices, problem: null };
   } catch (error) {
     if (!(error instanceof HardmineError)) throw error;
     return { backend, usable: false, devices: [], problem: error.message };

@@ -19,7 +19,6 @@
 #include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -59,11 +58,41 @@ struct Fault : std::runtime_error {
 inline constexpr int kWarp = 32;
 inline constexpr size_t kStackBytes = 64 * 1024;  // kernels keep arrays of a few KB at most
 
+// Where a fiber, or who runs it, goes on. glibc's swapcontext makes a system call for the signal
+// mask at every switch, twenty times what the switch itself costs; other processors would need
+// theirs.
+#ifndef __x86_64__
+#error "The emulator's fibers are written for x86-64."
+#endif
+class Context {
+ public:
+  // Starts at `entry` on `stack`, which it must never return from.
+  void prepare(char* stack, size_t bytes, void (*entry)()) {
+    // entry's address where `ret` takes it, 16 bytes aligned as the ABI wants a call's stack.
+    auto** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes - 32) &
+                                          ~uintptr_t{15});
+    *top = reinterpret_cast<void*>(entry);
+    top -= 6;  // the registers that exchange() takes back
+    std::memset(top, 0, 6 * sizeof(void*));
+    stack_ = top;
+  }
+  // Goes on in `to` and returns when somebody switches back to this.
+  void switch_to(Context& to) { exchange(&stack_, to.stack_); }
+
+ private:
+  [[gnu::naked, gnu::noinline]] static void exchange(void** /*rdi*/, void* /*rsi*/) {
+    asm("push %rbp; push %rbx; push %r12; push %r13; push %r14; push %r15;"
+        "mov %rsp, (%rdi); mov %rsi, %rsp;"
+        "pop %r15; pop %r14; pop %r13; pop %r12; pop %rbx; pop %rbp; ret");
+  }
+  void* stack_ = nullptr;
+};
+
 // What a lane waits for.
 enum class Wait : uint8_t { nothing, block, warp, exited };
 
 struct Lane {
-  ucontext_t context{};
+  Context context;
   std::unique_ptr<char[]> stack;
   uint3 thread{};
   int index = 0;  // linear in the block
@@ -124,7 +153,7 @@ class Block {
     const Lane& l = *running_;
     throw_later_ = what + " [block " + std::to_string(block_index.x) + "," +
                    std::to_string(block_index.y) + " thread " + std::to_string(l.index) + "]";
-    swapcontext(&running_->context, &scheduler_);
+    running_->context.switch_to(scheduler_);
     std::abort();  // never resumed
   }
 
@@ -148,7 +177,7 @@ class Block {
                   static_cast<unsigned>(i) / block_.x % block_.y,
                   static_cast<unsigned>(i) / (block_.x * block_.y)};
       l.wait = Wait::nothing;
-      prepare(l);
+      l.context.prepare(l.stack.get(), kStackBytes, &Block::enter);
     }
     uint64_t state = order_seed;
     for (size_t i = order.size(); i > 1; --i) {  // permuted start order
@@ -168,7 +197,7 @@ class Block {
         if (l.wait != Wait::nothing) continue;
         ran = true;
         running_ = &l;
-        swapcontext(&scheduler_, &l.context);
+        scheduler_.switch_to(l.context);
         if (!throw_later_.empty()) {
           const std::string what = std::exchange(throw_later_, {});
           throw Fault(what);
@@ -185,23 +214,14 @@ class Block {
   }
 
  private:
-  // On its own: g++ takes getcontext for a setjmp and warns of variables in the caller.
-  [[gnu::noinline]] static void prepare(Lane& lane) {
-    getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack.get();
-    lane.context.uc_stack.ss_size = kStackBytes;
-    lane.context.uc_link = nullptr;
-    makecontext(&lane.context, &Block::enter, 0);
-  }
-
   static void enter() {
     Block* block = current;
     (*block->kernel_)();
     block->running_->wait = Wait::exited;
-    swapcontext(&block->running_->context, &block->scheduler_);
+    block->running_->context.switch_to(block->scheduler_);
   }
 
-  void yield() { swapcontext(&running_->context, &scheduler_); }
+  void yield() { running_->context.switch_to(scheduler_); }
 
   bool all(int n, Wait wait) const {
     for (int i = 0; i < n; ++i)
@@ -275,7 +295,7 @@ class Block {
   std::vector<std::unique_ptr<Lane>> lanes_;
   Lane* running_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
-  ucontext_t scheduler_{};
+  Context scheduler_;
   std::string throw_later_;
 };
 inline thread_local Block* Block::current = nullptr;

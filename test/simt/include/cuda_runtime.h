@@ -1,9 +1,7 @@
-// Stand-in for the CUDA toolkit's header: what cuda/kernels/ uses of it, on the emulator.
+// Stand-in for the CUDA toolkit's header: what cuda/ uses of it, on the emulator.
 #pragma once
 
-#include <utility>
-
-#include "test/simt/simt.h"
+#include "test/simt/runtime.h"
 
 struct alignas(8) float2 {
   float x, y;
@@ -31,33 +29,4 @@ inline float4 make_float4(float x, float y, float z, float w) {
 }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
   return {x, y, z, w};
-}
-
-enum cudaError_t { cudaSuccess = 0 };
-using cudaStream_t = void*;
-inline cudaError_t cudaGetLastError() {
-  return cudaSuccess;
-}
-inline const char* cudaGetErrorName(cudaError_t) {
-  return "cudaSuccess";
-}
-inline const char* cudaGetErrorString(cudaError_t) {
-  return "no error";
-}
-
-struct cudaLaunchConfig_t {
-  dim3 gridDim;
-  dim3 blockDim;
-  size_t dynamicSmemBytes = 0;
-  cudaStream_t stream = nullptr;
-  void* attrs = nullptr;
-  unsigned numAttrs = 0;
-};
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
-                               Arguments&&... arguments) {
-  simt::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-               [&] { kernel(static_cast<Parameters>(arguments)...); });
-  return cudaSuccess;
 }

@@ -1,0 +1,116 @@
+// Convolutions on cuDNN's graph API: activations NHWC, weights OHWI, operands and results in one
+// 16- or 32-bit type, sums in fp32. fp32 is multiplied as TF32 unless NVIDIA_TF32_OVERRIDE=0 is in
+// the environment.
+//
+// Each (shape, pass) is a graph of one operation. The heuristic (mode A, then the fallback list)
+// gives engine configurations. With `deterministic`, the first in the heuristic's order that has no
+// nondeterministic note and fits the workspace limit runs; else the fastest of the first few, timed
+// once on the session's own buffers and kept on disk under cuDNN's version, the GPU, the driver and
+// the shape.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "cuda/libraries.h"
+#include "cuda/runtime.h"
+
+namespace hardmine::cuda {
+
+struct ConvolutionShape {
+  int64_t batch = 0;
+  int64_t in_channels = 0, out_channels = 0;
+  int64_t in_size = 0, out_size = 0;  // pixels, both sides
+  int64_t kernel = 1, stride = 1, padding = 0;
+  Precision precision = Precision::fp32;
+
+  auto operator<=>(const ConvolutionShape&) const = default;
+};
+
+// y = x * w; dx from dy and w; dw from x and dy.
+enum class ConvolutionPass : uint8_t { forward, data_gradient, weight_gradient };
+
+// How plans are picked.
+struct ConvolutionChoice {
+  bool deterministic = false;
+  size_t workspace_limit = size_t{64} << 20;  // bytes; ResNet18's passes want 19 MB at most
+  // GPU and driver, "NVIDIA H100 80GB HBM3, driver 13000": keys the cache.
+  std::string device{};
+};
+
+class ConvolutionPlan;
+
+// The convolutions of one session, all on one stream.
+class Convolutions {
+ public:
+  Convolutions(const Cudnn& library, const Stream& stream, ConvolutionChoice choice);
+  // Deterministic plans for a GPU that is not here, from cuDNN's JSON of its properties: to be
+  // looked at, not run.
+  Convolutions(const Cudnn& library, std::string device_properties);
+  ~Convolutions();
+  Convolutions(const Convolutions&) = delete;
+  Convolutions& operator=(const Convolutions&) = delete;
+
+  // The plan of a shape, the same object each time; it lives as long as this.
+  ConvolutionPlan& plan(const ConvolutionShape& shape, ConvolutionPass pass);
+  // What a fingerprint of the session has to hold: every plan's shape and id, in a fixed order.
+  std::string fingerprint() const;
+
+ private:
+  friend class ConvolutionPlan;
+  struct Key {
+    ConvolutionShape shape;
+    ConvolutionPass pass;
+    auto operator<=>(const Key&) const = default;
+  };
+  Cudnn library_;
+  const Stream* stream_ = nullptr;
+  ConvolutionChoice choice_;
+  std::string device_properties_;  // empty where the GPU is here
+  bool tf32_;
+  // Null where the GPU is not here.
+  std::unique_ptr<struct cudnn::Context, cudnn::Status (*)(cudnn::Handle)> handle_;
+  std::map<Key, std::unique_ptr<ConvolutionPlan>> plans_;
+};
+
+// Pointers are to x [batch, in, in, in_channels], w [out_channels, kernel, kernel, in_channels] and
+// y [batch, out, out, out_channels], gradients in their places, all 16-byte aligned.
+class ConvolutionPlan {
+ public:
+  ~ConvolutionPlan();
+  // Most that choose() and run() need; less after choose().
+  size_t workspace_bytes() const;
+  // Before the first run and outside a capture, once memory is there: settles which candidate runs.
+  // Where that takes timing, it waits for the stream and overwrites the pass's result.
+  void choose(void* x, void* w, void* y, void* workspace);
+  // Enqueues. Pointers that were run before cost no allocation.
+  void run(void* x, void* w, void* y, void* workspace);
+  // Engine and knobs of what runs, "eng34_k2=5_k24=1".
+  const std::string& id() const;
+
+ private:
+  friend class Convolutions;
+  class Descriptor;
+  struct Candidate;
+  struct Pack;
+  ConvolutionPlan(Convolutions& owner, const Convolutions::Key& key);
+  std::vector<Descriptor> build_graph() const;
+  void add_candidates(cudnn::HeuristicMode mode);
+  void run_candidate(Candidate& candidate, void* x, void* w, void* y, void* workspace);
+  double milliseconds(Candidate& candidate, void* x, void* w, void* y, void* workspace);
+  std::string describe() const;
+  std::string cache_key() const;
+
+  Convolutions& owner_;
+  Convolutions::Key key_;
+  std::string wanted_;                             // the candidate that the cache names
+  std::unique_ptr<Descriptor> device_properties_;  // of a GPU that is not here
+  std::vector<Descriptor> graph_;                  // the operation graph last
+  std::vector<Candidate> candidates_;
+};
+
+}  // namespace hardmine::cuda

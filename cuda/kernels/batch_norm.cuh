@@ -1,0 +1,443 @@
+// Batch-norm over NHWC maps, with the residual sum and the ReLU after it in the same pass.
+//
+//   forward   mean, variance of each channel over the batch (biased), r = 1 / sqrt(variance + eps)
+//             scale = gamma r;  y = relu(scale (x - mean) + beta + residual)
+//             running += 0.1 (batch's - running), of the variance the unbiased one
+//   backward  g = dy where the ReLU let pass, x^ = (x - mean) r
+//             dbeta = sum g,  dgamma = sum g x^
+//             dx = scale (g - dbeta / n - x^ dgamma / n)
+//                = scale g + by_x (x - mean) + offset
+//
+// Two kernels each way: one reads the map and reduces it per channel, its last block finishes the
+// channels; one applies. Deviations are summed from the block's first row, and the blocks' means
+// and squared deviations are merged around the first block's mean, so that nothing cancels however
+// large the mean is. The mean is subtracted from x before the scale is applied, for the same
+// reason.
+//
+// Never stored: x^, the normalised map before the residual or the ReLU, and the masked gradient
+// unless a residual wants it. The mask is recomputed from x by the expression of the forward pass;
+// where a residual was added it is the sign of the output.
+//
+// Shapes: x, y, residual, dy, dx [rows, channels] in T with rows = N H W; all constants [channels]
+// fp32. Vectors [N, E] are maps of N rows, T = float.
+#pragma once
+
+#include "core/network.h"
+#include "cuda/kernels/vectors.cuh"
+
+namespace hardmine::cuda {
+
+// One batch-norm of a network in training.
+struct BatchNorm {
+  int64_t rows;  // values of a channel: 2 or more
+  int64_t channels;
+  const float* gamma;  // null: fixed at 1
+  const float* beta;
+  float* running_mean;
+  float* running_variance;
+  float* mean;               // of the batch: written by the forward pass, read by the backward
+  float* inverse_deviation;  // r, likewise
+  float* scale;              // gamma r, likewise
+};
+
+struct BatchNormGradient {
+  float* gamma;  // null where the scale is fixed
+  float* beta;
+};
+
+// Per channel: y = scale (x - mean) + shift.
+struct Affine {
+  const float* mean;   // null: 0
+  const float* scale;  // null: 1
+  const float* shift;
+};
+
+// What the reductions of one stream need, shared by all its batch-norms.
+struct BatchNormScratch {
+  float* values;
+  unsigned* arrivals;  // zero before the first use; every use leaves zeros
+};
+
+struct BatchNormScratchSize {
+  int64_t values, arrivals;
+};
+
+// Blocks of a reduction: two of them on each of 128 SMs already have more loads in flight than the
+// memory's latency takes, and the last one merges what all of them found.
+inline constexpr int64_t kReductionBlocks = 256;
+// Blocks of an element-wise pass: several waves even out what SMs finish early.
+inline constexpr int64_t kElementBlocks = 2048;
+
+template <typename T>
+BatchNormScratchSize batch_norm_scratch_size(int64_t rows, int64_t channels) {
+  return with_vector_width<T>(channels, [&](auto width) -> BatchNormScratchSize {
+    const Tiling t = tile<width()>(rows, channels, kReductionBlocks);
+    // Two partial sums of every block row, then by_x and offset.
+    return {2 * channels * (int64_t{t.row_blocks} + 1), t.column_blocks};
+  });
+}
+
+// ---- Kernels ----
+
+// A thread's channels of an affine map, in registers.
+template <int width>
+struct AffineValues {
+  Pack<float, width> mean, scale, shift;
+
+  __device__ AffineValues(const Affine& a, int channel) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      mean.at[i] = 0;
+      scale.at[i] = 1;
+    }
+    if (a.mean != nullptr) mean = load<width>(a.mean + channel);
+    if (a.scale != nullptr) scale = load<width>(a.scale + channel);
+    shift = load<width>(a.shift + channel);
+  }
+
+  __device__ float centred(float x, int i) const {
+    return x - mean.at[i];
+  }
+  // Spelled as fmaf, so that the backward pass finds the very number whose sign was the mask.
+  __device__ float operator()(float x, int i) const {
+    return fmaf(centred(x, i), scale.at[i], shift.at[i]);
+  }
+};
+
+// Rows whose loads a thread starts before it uses the first: as many as two blocks on an SM have
+// registers for.
+inline constexpr int kRowsInFlight = 4;
+inline constexpr int kGradientRowsInFlight = 2;  // of up to four maps
+
+// Calls prepare(u, offset) for the next `in_flight` rows of a thread, to load, then use(u, offset)
+// for the same rows, until the block's rows are done.
+template <int in_flight, typename Prepare, typename Use>
+__device__ void over_rows(const Tiling& t, const Place& at, const Prepare& prepare,
+                          const Use& use) {
+  for (int64_t row = at.first + at.lane; row < at.last; row += int64_t{in_flight} * t.lanes) {
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u) {
+      const int64_t r = row + int64_t{u} * t.lanes;
+      if (r < at.last) prepare(u, r * t.channels + at.channel);
+    }
+#pragma unroll
+    for (int u = 0; u < in_flight; ++u) {
+      const int64_t r = row + int64_t{u} * t.lanes;
+      if (r < at.last) use(u, r * t.channels + at.channel);
+    }
+  }
+}
+
+// A NaN stays one: a broken activation must not turn into a zero.
+__device__ inline float positive(float x) {
+  return x < 0.0F ? 0.0F : x;
+}
+
+// Per-channel mean and squared deviations; the last block of a column finishes its channels.
+template <typename T, int width>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    batch_statistics_kernel(BatchNorm norm, Tiling t, const T* __restrict__ x, float* partial_means,
+                            float* partial_squares, unsigned* arrivals) {
+  struct SumTag {};
+  struct LastTag {};
+  const Place at = place_in<width>(t);
+  Pack<float, width> origin{}, sums[2] = {};
+  if (at.active) {
+    const Pack<T, width> first = load<width>(x + at.first * t.channels + at.channel);
+#pragma unroll
+    for (int i = 0; i < width; ++i) origin.at[i] = to_float(first.at[i]);
+    Pack<T, width> values[kRowsInFlight];
+    over_rows<kRowsInFlight>(
+        t, at, [&](int u, int64_t offset) { values[u] = load<width>(x + offset); },
+        [&](int u, int64_t) {
+#pragma unroll
+          for (int i = 0; i < width; ++i) {
+            const float d = to_float(values[u].at[i]) - origin.at[i];
+            sums[0].at[i] += d;
+            sums[1].at[i] = fmaf(d, d, sums[1].at[i]);
+          }
+        });
+  }
+  sum_lanes<SumTag>(t, at.lane, sums);
+  if (at.active && at.lane == 0) {
+    const float inverse = 1.0F / static_cast<float>(at.last - at.first);
+    const int64_t to = int64_t{blockIdx.y} * t.channels + at.channel;
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const float shift = sums[0].at[i] * inverse;
+      sums[1].at[i] = positive(sums[1].at[i] - sums[0].at[i] * shift);
+      sums[0].at[i] = origin.at[i] + shift;
+    }
+    store(partial_means + to, sums[0]);
+    store(partial_squares + to, sums[1]);
+  }
+  if (!is_last_block<LastTag>(arrivals + blockIdx.x, t.row_blocks)) return;
+
+  sums[0] = {};
+  sums[1] = {};
+  if (at.active) {
+    origin = load<width>(partial_means + at.channel);
+#pragma unroll 4
+    for (unsigned p = static_cast<unsigned>(at.lane); p < t.row_blocks;
+         p += static_cast<unsigned>(t.lanes)) {
+      const int64_t from = int64_t{p} * t.channels + at.channel;
+      const int64_t left = t.rows - int64_t{p} * t.rows_per_block;
+      const auto count = static_cast<float>(left < t.rows_per_block ? left : t.rows_per_block);
+      const Pack<float, width> mean = load<width>(partial_means + from);
+      const Pack<float, width> squares = load<width>(partial_squares + from);
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const float d = mean.at[i] - origin.at[i];
+        sums[0].at[i] = fmaf(count, d, sums[0].at[i]);
+        sums[1].at[i] += fmaf(count * d, d, squares.at[i]);
+      }
+    }
+  }
+  sum_lanes<SumTag>(t, at.lane, sums);
+  if (!at.active || at.lane != 0) return;
+  const auto count = static_cast<float>(t.rows);
+  constexpr auto kMomentum = static_cast<float>(kBatchNormMomentum);
+  // All loads before the first store, which they could otherwise not pass.
+  Pack<float, width> running_mean = load<width>(norm.running_mean + at.channel);
+  Pack<float, width> running_variance = load<width>(norm.running_variance + at.channel);
+  Pack<float, width> scale, mean, inverse;
+#pragma unroll
+  for (int i = 0; i < width; ++i) scale.at[i] = 1;
+  if (norm.gamma != nullptr) scale = load<width>(norm.gamma + at.channel);
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    const float shift = sums[0].at[i] / count;
+    const float squares = positive(sums[1].at[i] - sums[0].at[i] * shift);
+    mean.at[i] = origin.at[i] + shift;
+    inverse.at[i] = 1.0F / sqrtf(squares / count + static_cast<float>(kBatchNormEpsilon));
+    scale.at[i] *= inverse.at[i];
+    running_mean.at[i] += kMomentum * (mean.at[i] - running_mean.at[i]);
+    running_variance.at[i] += kMomentum * (squares / (count - 1.0F) - running_variance.at[i]);
+  }
+  store(norm.mean + at.channel, mean);
+  store(norm.inverse_deviation + at.channel, inverse);
+  store(norm.scale + at.channel, scale);
+  store(norm.running_mean + at.channel, running_mean);
+  store(norm.running_variance + at.channel, running_variance);
+}
+
+// y = activation(scale (x - mean) + shift + residual); y may be x or the residual.
+template <typename T, int width>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    affine_kernel(Affine affine, Tiling t, const T* x, const T* residual, T* y, bool relu) {
+  const Place at = place_in<width>(t);
+  if (!at.active) return;
+  const AffineValues<width> map(affine, at.channel);
+  Pack<T, width> values[kRowsInFlight], others[kRowsInFlight] = {};
+  over_rows<kRowsInFlight>(
+      t, at,
+      [&](int u, int64_t offset) {
+        values[u] = load<width>(x + offset);
+        if (residual != nullptr) others[u] = load<width>(residual + offset);
+      },
+      [&](int u, int64_t offset) {
+        Pack<T, width> result;
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+          float value = map(to_float(values[u].at[i]), i) + to_float(others[u].at[i]);
+          if (relu) value = positive(value);
+          result.at[i] = from_float<T>(value);
+        }
+        store(y + offset, result);
+      });
+}
+
+// How the gradient before the activation is found from the one after it.
+enum class ReluMask : uint8_t {
+  none,         // no activation
+  from_input,   // recomputed from x
+  from_output,  // the sign of y, where a residual was added
+};
+
+// What the backward kernels read and write.
+template <typename T>
+struct BackwardMaps {
+  const T* x;
+  const T* y;
+  T* dy;  // becomes g where g is not dy or cannot be recomputed
+  const T* dy_other;
+  T* dx;  // may be x or dy
+};
+
+template <typename T, int width, ReluMask mask>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    batch_norm_gradient_kernel(BatchNorm norm, BatchNormGradient gradient, Tiling t,
+                               BackwardMaps<T> maps, float* partial_sums, float* partial_x,
+                               float* by_x, float* offsets, unsigned* arrivals) {
+  struct SumTag {};
+  struct LastTag {};
+  const Place at = place_in<width>(t);
+  Pack<float, width> sums[2] = {};
+  if (at.active) {
+    const AffineValues<width> map({norm.mean, norm.scale, norm.beta}, at.channel);
+    const bool writes = mask == ReluMask::from_output || maps.dy_other != nullptr;
+    Pack<T, width> xs[kGradientRowsInFlight], gradients[kGradientRowsInFlight];
+    Pack<T, width> others[kGradientRowsInFlight] = {}, outputs[kGradientRowsInFlight] = {};
+    over_rows<kGradientRowsInFlight>(
+        t, at,
+        [&](int u, int64_t offset) {
+          xs[u] = load<width>(maps.x + offset);
+          gradients[u] = load<width>(maps.dy + offset);
+          if (maps.dy_other != nullptr) others[u] = load<width>(maps.dy_other + offset);
+          if constexpr (mask == ReluMask::from_output) outputs[u] = load<width>(maps.y + offset);
+        },
+        [&](int u, int64_t offset) {
+          Pack<T, width> masked;
+#pragma unroll
+          for (int i = 0; i < width; ++i) {
+            const float x = to_float(xs[u].at[i]);
+            float g = to_float(gradients[u].at[i]) + to_float(others[u].at[i]);
+            if (mask == ReluMask::from_input && !(map(x, i) > 0.0F)) g = 0.0F;
+            if (mask == ReluMask::from_output && !(to_float(outputs[u].at[i]) > 0.0F)) g = 0.0F;
+            masked.at[i] = from_float<T>(g);
+            sums[0].at[i] += g;
+            sums[1].at[i] = fmaf(g, map.centred(x, i), sums[1].at[i]);
+          }
+          if (writes) store(maps.dy + offset, masked);
+        });
+  }
+  sum_lanes<SumTag>(t, at.lane, sums);
+  if (at.active && at.lane == 0) {
+    const int64_t to = int64_t{blockIdx.y} * t.channels + at.channel;
+    store(partial_sums + to, sums[0]);
+    store(partial_x + to, sums[1]);
+  }
+  if (!is_last_block<LastTag>(arrivals + blockIdx.x, t.row_blocks)) return;
+
+  sums[0] = {};
+  sums[1] = {};
+  if (at.active) {
+#pragma unroll 4
+    for (unsigned p = static_cast<unsigned>(at.lane); p < t.row_blocks;
+         p += static_cast<unsigned>(t.lanes)) {
+      const int64_t from = int64_t{p} * t.channels + at.channel;
+      const Pack<float, width> sum = load<width>(partial_sums + from);
+      const Pack<float, width> sum_x = load<width>(partial_x + from);
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        sums[0].at[i] += sum.at[i];
+        sums[1].at[i] += sum_x.at[i];
+      }
+    }
+  }
+  sum_lanes<SumTag>(t, at.lane, sums);
+  if (!at.active || at.lane != 0) return;
+  const float share = 1.0F / static_cast<float>(t.rows);
+  const Pack<float, width> inverse = load<width>(norm.inverse_deviation + at.channel);
+  const Pack<float, width> scale = load<width>(norm.scale + at.channel);
+  Pack<float, width> gamma, slope, constant;
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    gamma.at[i] = sums[1].at[i] * inverse.at[i];
+    slope.at[i] = -scale.at[i] * inverse.at[i] * gamma.at[i] * share;
+    constant.at[i] = -scale.at[i] * sums[0].at[i] * share;
+  }
+  store(gradient.beta + at.channel, sums[0]);
+  if (gradient.gamma != nullptr) store(gradient.gamma + at.channel, gamma);
+  store(by_x + at.channel, slope);
+  store(offsets + at.channel, constant);
+}
+
+template <typename T, int width, bool mask_from_input>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    batch_norm_backward_kernel(BatchNorm norm, Tiling t, BackwardMaps<T> maps, const float* by_x,
+                               const float* offsets) {
+  const Place at = place_in<width>(t);
+  if (!at.active) return;
+  const AffineValues<width> map({norm.mean, norm.scale, norm.beta}, at.channel);
+  const Pack<float, width> slope = load<width>(by_x + at.channel);
+  const Pack<float, width> constant = load<width>(offsets + at.channel);
+  Pack<T, width> xs[kRowsInFlight], gradients[kRowsInFlight];
+  over_rows<kRowsInFlight>(
+      t, at,
+      [&](int u, int64_t offset) {
+        xs[u] = load<width>(maps.x + offset);
+        gradients[u] = load<width>(maps.dy + offset);
+      },
+      [&](int u, int64_t offset) {
+        Pack<T, width> result;
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+          const float x = to_float(xs[u].at[i]);
+          float g = to_float(gradients[u].at[i]);
+          if (mask_from_input && !(map(x, i) > 0.0F)) g = 0.0F;
+          const float rest = fmaf(map.centred(x, i), slope.at[i], constant.at[i]);
+          result.at[i] = from_float<T>(fmaf(g, map.scale.at[i], rest));
+        }
+        store(maps.dx + offset, result);
+      });
+}
+
+// ---- Launches ----
+
+// y = activation(scale (x - mean) + shift + residual); residual may be null, y may be x or the
+// residual. Batch-norm by known statistics, or with mean and scale null a bias after a convolution.
+template <typename T>
+void apply_affine(const Affine& affine, int64_t rows, int64_t channels, const T* x,
+                  const T* residual, T* y, bool relu, cudaStream_t stream) {
+  with_vector_width<T>(channels, [&](auto width) {
+    const Tiling t = tile<width()>(rows, channels, kElementBlocks);
+    launch("affine", &affine_kernel<T, width()>, t.grid(), kTileThreads, stream, affine, t, x,
+           residual, y, relu);
+  });
+}
+
+// By the batch's statistics, which also move the running ones. y may be the residual, not x, which
+// the backward pass reads.
+template <typename T>
+void batch_norm_forward(const BatchNorm& norm, const T* x, const T* residual, T* y, bool relu,
+                        const BatchNormScratch& scratch, cudaStream_t stream) {
+  with_vector_width<T>(norm.channels, [&](auto width) {
+    const Tiling t = tile<width()>(norm.rows, norm.channels, kReductionBlocks);
+    launch("batch_statistics", &batch_statistics_kernel<T, width()>, t.grid(), kTileThreads, stream,
+           norm, t, x, scratch.values, scratch.values + norm.channels * t.row_blocks,
+           scratch.arrivals);
+  });
+  apply_affine({norm.mean, norm.scale, norm.beta}, norm.rows, norm.channels, x, residual, y, relu,
+               stream);
+}
+
+// dx and the parameters' gradients from dy, or dy + dy_other where dy_other is not null. y is the
+// output where a residual was added before the ReLU, else null. The residual's gradient is what
+// stands in dy afterwards: with y given, the masked sum. dx may be x, which is then lost, or dy.
+template <typename T>
+void batch_norm_backward(const BatchNorm& norm, const BatchNormGradient& gradient, const T* x,
+                         const T* y, bool relu, T* dy, const T* dy_other, T* dx,
+                         const BatchNormScratch& scratch, cudaStream_t stream) {
+  const BackwardMaps<T> maps{x, y, dy, dy_other, dx};
+  with_vector_width<T>(norm.channels, [&](auto width) {
+    const Tiling reduction = tile<width()>(norm.rows, norm.channels, kReductionBlocks);
+    const int64_t partials = norm.channels * reduction.row_blocks;
+    float* by_x = scratch.values + 2 * partials;
+    float* offsets = by_x + norm.channels;
+    const auto reduce = [&](auto kernel) {
+      launch("batch_norm_gradient", kernel, reduction.grid(), kTileThreads, stream, norm, gradient,
+             reduction, maps, scratch.values, scratch.values + partials, by_x, offsets,
+             scratch.arrivals);
+    };
+    const Tiling t = tile<width()>(norm.rows, norm.channels, kElementBlocks);
+    const auto apply = [&](auto kernel) {
+      launch("batch_norm_backward", kernel, t.grid(), kTileThreads, stream, norm, t, maps, by_x,
+             offsets);
+    };
+    if (!relu) {
+      reduce(&batch_norm_gradient_kernel<T, width(), ReluMask::none>);
+    } else if (y != nullptr) {
+      reduce(&batch_norm_gradient_kernel<T, width(), ReluMask::from_output>);
+    } else {
+      reduce(&batch_norm_gradient_kernel<T, width(), ReluMask::from_input>);
+    }
+    if (relu && y == nullptr) {
+      apply(&batch_norm_backward_kernel<T, width(), true>);
+    } else {
+      apply(&batch_norm_backward_kernel<T, width(), false>);
+    }
+  });
+}
+
+}  // namespace hardmine::cuda

@@ -1,0 +1,85 @@
+// The network's parameters as one table in device memory, and how blocks are laid over it, so that
+// one launch handles all of them.
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <vector>
+
+#include "cuda/kernels/vectors.cuh"
+
+namespace hardmine::cuda {
+
+// Pointers are aligned to 16 bytes.
+template <typename T>
+struct ParameterTensor {
+  float* weights;   // master
+  float* velocity;  // momentum
+  const void* gradient;
+  T* copy;  // operand of convolutions and products; null: the master is used itself
+  int64_t count;
+  bool gradient_is_float;  // else T
+  bool decays;
+};
+
+// A block's share of the table: elements [first, first + kRangeElements) of a tensor, as far as it
+// reaches.
+struct ParameterRange {
+  int64_t first;
+  int tensor;
+};
+
+inline constexpr int kRangeThreads = 256;
+inline constexpr int kRangeWidth = 4;                           // elements of one load
+inline constexpr int kRangeLoads = 4;                           // of a thread
+inline constexpr int kRangeStep = kRangeThreads * kRangeWidth;  // elements from load to load
+inline constexpr int64_t kRangeElements = kRangeStep * kRangeLoads;
+
+// The ranges of tensors of these many elements: one block each.
+inline std::vector<ParameterRange> parameter_ranges(std::span<const int64_t> counts) {
+  std::vector<ParameterRange> ranges;
+  for (size_t tensor = 0; tensor < counts.size(); ++tensor)
+    for (int64_t first = 0; first < counts[tensor]; first += kRangeElements)
+      ranges.push_back({first, static_cast<int>(tensor)});
+  return ranges;
+}
+
+// Up to kRangeWidth elements from `first`; what lies past `count` is 0.
+template <typename T>
+__device__ Pack<float, kRangeWidth> load_range(const T* p, int64_t first, int64_t count) {
+  Pack<float, kRangeWidth> values{};
+  if (first + kRangeWidth <= count) {
+    const Pack<T, kRangeWidth> stored = load<kRangeWidth>(p + first);
+#pragma unroll
+    for (int i = 0; i < kRangeWidth; ++i) values.at[i] = to_float(stored.at[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRangeWidth; ++i)
+      if (first + i < count) values.at[i] = to_float(p[first + i]);
+  }
+  return values;
+}
+
+template <typename T>
+__device__ Pack<float, kRangeWidth> load_gradient(const ParameterTensor<T>& of, int64_t first) {
+  return of.gradient_is_float ? load_range(static_cast<const float*>(of.gradient), first, of.count)
+                              : load_range(static_cast<const T*>(of.gradient), first, of.count);
+}
+
+// Stores as much of `values` as lies before `count`.
+template <typename T>
+__device__ void store_range(T* p, int64_t first, int64_t count,
+                            const Pack<float, kRangeWidth>& values) {
+  if (first + kRangeWidth <= count) {
+    Pack<T, kRangeWidth> stored;
+#pragma unroll
+    for (int i = 0; i < kRangeWidth; ++i) stored.at[i] = from_float<T>(values.at[i]);
+    store(p + first, stored);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRangeWidth; ++i)
+      if (first + i < count) p[first + i] = from_float<T>(values.at[i]);
+  }
+}
+
+}  // namespace hardmine::cuda

@@ -1,0 +1,707 @@
+#include "cuda/network.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <optional>
+#include <type_traits>
+#include <utility>
+
+#include "core/initialise.h"
+#include "core/tensors.h"
+#include "cuda/convolution.h"
+#include "cuda/device.h"
+#include "cuda/kernels/batch_norm.cuh"
+#include "cuda/kernels/input.cuh"
+#include "cuda/kernels/linear.cuh"
+#include "cuda/kernels/loss_scale.cuh"
+#include "cuda/kernels/pooling.cuh"
+#include "cuda/maps.h"
+#include "cuda/products.h"
+#include "cuda/transfer.h"
+
+namespace hardmine::cuda {
+namespace {
+
+const std::string kMomentumPrefix = "momentum/";
+
+// A trained tensor. Convolution weights are [out, kernel, kernel, in] here and torch's [out, in,
+// kernel, kernel] outside.
+struct Parameter {
+  std::string name;
+  WeightLayout layout;
+  bool is_operand = false;  // of a convolution or product: decays, and has a copy in T
+  bool gradient_is_float = true;
+  float* values = nullptr;
+  float* momentum = nullptr;
+  void* gradient = nullptr;
+  void* copy = nullptr;  // operand in T; null: `values` are the operand
+
+  const void* operand() const { return copy != nullptr ? copy : values; }
+  void* operand() { return copy != nullptr ? copy : values; }
+};
+
+struct Statistic {
+  std::string name;
+  int64_t count = 0;
+  float* values = nullptr;
+};
+
+// Memory for a gradient: a buffer of the backward pass, or (buffer -1) an output that is not needed
+// any more.
+struct Gradient {
+  void* values = nullptr;
+  int buffer = -1;
+};
+
+// A node's output, and the one or two gradients whose sum is its gradient.
+struct Output {
+  int64_t rows = 0, channels = 0;
+  bool vector = false;  // fp32 [batch, channels]
+  void* values = nullptr;
+  int readers = 0;
+  std::array<Gradient, 2> gradients{};
+  int gradient_count = 0;
+
+  int64_t count() const { return rows * channels; }
+};
+
+// What a node needs besides its input and output.
+struct Work {
+  int weight = -1, bias = -1;  // indices of its parameters
+  ConvolutionPlan* forward = nullptr;
+  ConvolutionPlan* data = nullptr;
+  ConvolutionPlan* weights = nullptr;
+  BatchNorm norm{};
+  BatchNormGradient norm_gradient{};
+  uint8_t* where = nullptr;      // max_pool
+  void* operand = nullptr;       // in T: global_average_pool's output, linear's dy
+  std::array<Gradient, 2> dy{};  // its output's gradients
+  Gradient dx{};                 // its input's
+};
+
+// Buffers of the backward pass, handed on to later layers when they are free.
+class GradientBuffers {
+ public:
+  explicit GradientBuffers(Arena& arena) : arena_(arena) {}
+
+  Gradient take(size_t bytes) {
+    int best = -1;
+    for (size_t i = 0; i < buffers_.size(); ++i) {
+      const Buffer& buffer = buffers_[i];
+      if (!buffer.idle || buffer.bytes < bytes) continue;
+      if (best < 0 || buffer.bytes < buffers_[static_cast<size_t>(best)].bytes)
+        best = static_cast<int>(i);
+    }
+    if (best < 0) {
+      best = static_cast<int>(buffers_.size());
+      buffers_.push_back({arena_.take<char>(static_cast<int64_t>(bytes)), bytes, true});
+    }
+    Buffer& buffer = buffers_[static_cast<size_t>(best)];
+    buffer.idle = false;
+    return {buffer.memory, best};
+  }
+
+  void release(const Gradient& gradient) {
+    if (gradient.buffer >= 0) buffers_[static_cast<size_t>(gradient.buffer)].idle = true;
+  }
+
+ private:
+  struct Buffer {
+    void* memory;
+    size_t bytes;
+    bool idle;
+  };
+  Arena& arena_;
+  std::vector<Buffer> buffers_;
+};
+
+template <typename T>
+class NetworkOf : public TrainingNetwork {
+ public:
+  NetworkOf(std::vector<Node> nodes, int64_t batch, Precision precision, bool deterministic,
+            const Libraries& libraries, const Stream& stream)
+      : nodes_(std::move(nodes)),
+        batch_(batch),
+        precision_(precision),
+        stream_(stream),
+        convolutions_(libraries.cudnn, stream,
+                      {.deterministic = deterministic, .device = device_and_driver()}),
+        cublas_lt_(libraries.cublas_lt),
+        tensors_(training_tensors(nodes_)) {
+    plan_outputs();
+    work_.resize(nodes_.size());
+    for (size_t i = 0; i < nodes_.size(); ++i) plan_work(i);
+  }
+
+  const std::vector<Node>& nodes() const override { return nodes_; }
+  const std::vector<TensorInfo>& tensors() const override { return tensors_; }
+  std::string fingerprint() const override { return convolutions_.fingerprint(); }
+
+  void layout_state(Arena& arena) override {
+    for (Parameter& of : parameters_) {
+      const int64_t count = of.layout.stored_count();
+      of.values = arena.take<float>(count);
+      of.momentum = arena.take<float>(count);
+      of.gradient = of.gradient_is_float ? static_cast<void*>(arena.take<float>(count))
+                                         : static_cast<void*>(arena.take<T>(count));
+      if (of.is_operand && !std::is_same_v<T, float>) of.copy = arena.take<T>(count);
+    }
+    for (Statistic& of : statistics_) of.values = arena.take<float>(of.count);
+    table_ = arena.take<ParameterTensor<T>>(static_cast<int64_t>(parameters_.size()));
+    ranges_ = arena.take<ParameterRange>(range_count());
+    loss_scale_ = arena.take<LossScale>(1);
+    workspace_bytes_ = product_workspace_bytes(compute_major());
+    for (const Work& work : work_)
+      for (const ConvolutionPlan* plan : {work.forward, work.data, work.weights})
+        if (plan != nullptr) workspace_bytes_ = std::max(workspace_bytes_, plan->workspace_bytes());
+    workspace_ = arena.take<char>(static_cast<int64_t>(workspace_bytes_));
+  }
+
+  void layout_batch(Arena& arena) override {
+    const int64_t size = nodes_.front().in_size;
+    image_ = arena.take<T>(batch_ * size * size * kImageChannels);
+    for (size_t i = 0; i < nodes_.size(); ++i) layout_node(arena, i);
+    layout_backward(arena);
+    int64_t scratch_values = 0, scratch_arrivals = 0;
+    for (const auto& [rows, channels] : norm_shapes_) {
+      for (const BatchNormScratchSize& scratch : {batch_norm_scratch_size<T>(rows, channels),
+                                                  batch_norm_scratch_size<float>(rows, channels)}) {
+        scratch_values = std::max(scratch_values, scratch.values);
+        scratch_arrivals = std::max(scratch_arrivals, scratch.arrivals);
+      }
+    }
+    scratch_.values = arena.take<float>(scratch_values);
+    scratch_.arrivals = arena.take<unsigned>(scratch_arrivals);
+  }
+
+  void prepare() override {
+    products_.emplace(cublas_lt_, stream_.get(), workspace_, workspace_bytes_);
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const Work& work = work_[i];
+      if (work.forward == nullptr) continue;
+      void* w = parameters_[static_cast<size_t>(work.weight)].operand();
+      void* dw = parameters_[static_cast<size_t>(work.weight)].gradient;
+      work.forward->choose(input_of(i), w, outputs_[i].values, workspace_);
+      work.weights->choose(input_of(i), dw, outputs_[i].values, workspace_);
+      if (work.data != nullptr) {
+        work.data->choose(work.dx.values, w, outputs_[i].values, workspace_);
+      }
+    }
+    write_tables();
+    run_forward();
+    run_backward();
+    stream_.synchronize();
+  }
+
+  void initialise(uint64_t seed) override {
+    for (const Parameter& of : parameters_) {
+      fill(of.values, of.layout.stored_count(), 0.0F);
+      fill(of.momentum, of.layout.stored_count(), 0.0F);
+    }
+    for (const Statistic& of : statistics_)
+      fill(of.values, of.count, of.name.ends_with(".running_var") ? 1.0F : 0.0F);
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const Node& node = nodes_[i];
+      const Work& work = work_[i];
+      if (work.weight < 0) continue;
+      const Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
+      std::vector<float> values(static_cast<size_t>(weight.layout.count()), 1.0F);
+      if (node.op == Op::convolution) initialise_convolution(node, seed, values);
+      if (node.op == Op::linear) {
+        std::vector<float> bias(static_cast<size_t>(node.out_channels));
+        initialise_linear(node, seed, values, bias);
+        write(node.name + ".bias", bias);
+      }
+      write(weight.name, values);
+    }
+    write_loss_scale(scales() ? first_loss_scale() : LossScale{});
+  }
+
+  const float* forward(const uint8_t* images, const Augmentation* augmentations) override {
+    load_images(images, augmentations, {}, batch_, static_cast<int>(nodes_.front().in_size), image_,
+                stream_.get());
+    run_forward();
+    return static_cast<const float*>(outputs_.back().values);
+  }
+
+  void backward(const float* grad_embeddings) override {
+    convert(grad_embeddings, &loss_scale_->scale, outputs_.back().count(),
+            static_cast<float*>(outputs_.back().gradients[0].values), stream_.get());
+    run_backward();
+  }
+
+  void update(const StepParameters* parameters) override {
+    check_gradients(table_, ranges_, range_count(), loss_scale_, stream_.get());
+    sgd(table_, ranges_, range_count(), parameters, loss_scale_, stream_.get());
+    if (scales()) update_loss_scale(loss_scale_, stream_.get());
+  }
+
+  void read(const std::string& name, std::span<float> values) const override {
+    const TensorInfo& tensor = find_tensor(tensors_, name, values.size());
+    if (tensor.role == TensorRole::statistic) {
+      read_device(statistic(name).values, values, stream_);
+    } else if (tensor.role == TensorRole::momentum) {
+      const Parameter& of = parameter(name.substr(kMomentumPrefix.size()));
+      read_parameter(of, of.momentum, values);
+    } else {
+      const Parameter& of = parameter(name);
+      read_parameter(of, of.values, values);
+    }
+  }
+
+  void write(const std::string& name, std::span<const float> values) override {
+    const TensorInfo& tensor = find_tensor(tensors_, name, values.size());
+    if (tensor.role == TensorRole::statistic) {
+      write_device(statistic(name).values, values, stream_);
+    } else if (tensor.role == TensorRole::momentum) {
+      const Parameter& of = parameter(name.substr(kMomentumPrefix.size()));
+      write_device(of.momentum, of.layout.to_stored(values), stream_);
+    } else {
+      const Parameter& of = parameter(name);
+      write_device(of.values, of.layout.to_stored(values), stream_);
+      if (of.copy != nullptr) {
+        convert(of.values, nullptr, of.layout.stored_count(), static_cast<T*>(of.copy),
+                stream_.get());
+      }
+    }
+  }
+
+  void read_gradient(const std::string& name, std::span<float> values) const override {
+    const TensorInfo& tensor = find_tensor(tensors_, name, values.size());
+    if (tensor.role != TensorRole::parameter) {
+      throw Error(codes::kInput, "The tensor '" + name + "' is no parameter and has no gradient.");
+    }
+    const Parameter& of = parameter(name);
+    std::vector<float> stored(static_cast<size_t>(of.layout.stored_count()));
+    if (of.gradient_is_float) {
+      read_device(static_cast<const float*>(of.gradient), stored, stream_);
+    } else {
+      std::vector<T> raw(stored.size());
+      read_device(static_cast<const T*>(of.gradient), raw, stream_);
+      std::transform(raw.begin(), raw.end(), stored.begin(), [](T x) { return to_float(x); });
+    }
+    of.layout.from_stored(stored, values);
+    const float scale = loss_scale().scale;
+    for (float& value : values) value /= scale;
+  }
+
+  LossScale loss_scale() const override {
+    LossScale scale;
+    read_device(loss_scale_, std::span(&scale, 1), stream_);
+    return scale;
+  }
+
+  void write_loss_scale(const LossScale& scale) override {
+    write_device(loss_scale_, std::span(&scale, 1), stream_);
+  }
+
+  std::string first_non_finite() const override {
+    for (const Parameter& of : parameters_) {
+      std::vector<float> values(static_cast<size_t>(of.layout.stored_count()));
+      read_device(of.values, values, stream_);
+      if (!all_finite(values)) return of.name;
+    }
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const Output& output = outputs_[i];
+      const auto count = static_cast<size_t>(output.count());
+      bool finite;
+      if (output.vector) {
+        std::vector<float> values(count);
+        read_device(static_cast<const float*>(output.values), values, stream_);
+        finite = all_finite(values);
+      } else {
+        std::vector<T> values(count);
+        read_device(static_cast<const T*>(output.values), values, stream_);
+        finite = all_finite(values);
+      }
+      if (!finite) return "output of " + nodes_[i].name;
+    }
+    return {};
+  }
+
+ private:
+  // ---- Planning ----
+
+  [[noreturn]] static void refuse(const Node& node, const std::string& why) {
+    throw Error(codes::kConfig, "The node '" + node.name + "' cannot be trained on CUDA: " + why);
+  }
+
+  void plan_outputs() {
+    outputs_.resize(nodes_.size());
+    int image_readers = 0;
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const Node& node = nodes_[i];
+      if (node.input >= static_cast<int>(i) || node.residual >= static_cast<int>(i))
+        refuse(node, "it reads a node that does not come before it.");
+      image_readers += node.input < 0;
+      Output& output = outputs_[i];
+      if (node.input >= 0) ++input(i).readers;
+      if (node.residual >= 0) ++outputs_[static_cast<size_t>(node.residual)].readers;
+      output.vector = node.op == Op::global_average_pool || node.op == Op::linear ||
+                      (node.op == Op::batch_norm && input(i).vector);
+      output.channels = node.out_channels;
+      output.rows = output.vector ? batch_ : batch_ * node.out_size * node.out_size;
+    }
+    if (nodes_.empty() || !outputs_.back().vector || image_readers != 1 ||
+        nodes_.front().op != Op::convolution || nodes_.front().input >= 0) {
+      throw Error(codes::kConfig,
+                  "A network needs one convolution that reads the image, at its start, and a "
+                  "vector at its end.");
+    }
+  }
+
+  int add_parameter(const std::string& name, WeightLayout layout, bool is_operand,
+                    bool gradient_is_float) {
+    Parameter of;
+    of.name = name;
+    of.layout = layout;
+    of.is_operand = is_operand;
+    of.gradient_is_float = gradient_is_float;
+    parameters_.push_back(std::move(of));
+    return static_cast<int>(parameters_.size()) - 1;
+  }
+
+  void plan_work(size_t i) {
+    const Node& node = nodes_[i];
+    Work& work = work_[i];
+    switch (node.op) {
+      case Op::convolution: {
+        const ConvolutionShape shape = convolution_shape(node, batch_, precision_);
+        work.forward = &convolutions_.plan(shape, ConvolutionPass::forward);
+        work.weights = &convolutions_.plan(shape, ConvolutionPass::weight_gradient);
+        if (node.input >= 0) work.data = &convolutions_.plan(shape, ConvolutionPass::data_gradient);
+        // 16-bit dW: cuDNN's only engines for an fp32 one are fallbacks.
+        work.weight = add_parameter(node.name + ".weight", WeightLayout::of(node), true,
+                                    std::is_same_v<T, float>);
+        break;
+      }
+      case Op::batch_norm: {
+        if (outputs_[static_cast<size_t>(node.input)].readers != 1)
+          refuse(node, "something else reads its input, which its gradient overwrites.");
+        const WeightLayout channels = WeightLayout::vector(node.out_channels);
+        if (!node.fixed_scale)
+          work.weight = add_parameter(node.name + ".weight", channels, false, true);
+        work.bias = add_parameter(node.name + ".bias", channels, false, true);
+        statistics_.push_back({node.name + ".running_mean", node.out_channels});
+        statistics_.push_back({node.name + ".running_var", node.out_channels});
+        norm_shapes_.emplace_back(outputs_[i].rows, node.out_channels);
+        break;
+      }
+      case Op::linear:
+        work.weight = add_parameter(node.name + ".weight", WeightLayout::of(node), true, true);
+        work.bias = add_parameter(node.name + ".bias", WeightLayout::vector(node.out_channels),
+                                  false, true);
+        if (nodes_[static_cast<size_t>(node.input)].op != Op::global_average_pool)
+          refuse(node, "it does not follow a global average pool.");
+        break;
+      case Op::max_pool:
+        if (node.kernel != 3 || node.stride != 2 || node.padding != 1)
+          refuse(node, "only max-pools of 3x3, stride 2 and padding 1 are written.");
+        break;
+      case Op::global_average_pool:
+        break;
+    }
+  }
+
+  void layout_node(Arena& arena, size_t i) {
+    const Node& node = nodes_[i];
+    Output& output = outputs_[i];
+    Work& work = work_[i];
+    if (output.vector) {
+      output.values = arena.take<float>(output.count());
+    } else {
+      output.values = arena.take<T>(output.count());
+    }
+    switch (node.op) {
+      case Op::batch_norm: {
+        BatchNorm& norm = work.norm;
+        norm.rows = output.rows;
+        norm.channels = output.channels;
+        norm.gamma = values_of(work.weight);
+        norm.beta = values_of(work.bias);
+        norm.running_mean = statistic(node.name + ".running_mean").values;
+        norm.running_variance = statistic(node.name + ".running_var").values;
+        norm.mean = arena.take<float>(output.channels);
+        norm.inverse_deviation = arena.take<float>(output.channels);
+        norm.scale = arena.take<float>(output.channels);
+        work.norm_gradient = {gradient_of(work.weight), gradient_of(work.bias)};
+        break;
+      }
+      case Op::max_pool:
+        work.where = arena.take<uint8_t>(output.count());
+        break;
+      case Op::global_average_pool:
+      case Op::linear:
+        work.operand = arena.take<T>(output.count());
+        break;
+      case Op::convolution:
+        break;
+    }
+  }
+
+  void layout_backward(Arena& arena) {
+    GradientBuffers buffers(arena);
+    for (Output& output : outputs_) {
+      output.gradients = {};
+      output.gradient_count = 0;
+    }
+    add_gradient(nodes_.size() - 1, {arena.take<float>(outputs_.back().count()), -1});
+    for (size_t i = nodes_.size(); i-- > 0;) {
+      const Node& node = nodes_[i];
+      Work& work = work_[i];
+      if (outputs_[i].gradient_count == 0) refuse(node, "nothing reads its output.");
+      work.dy = outputs_[i].gradients;
+      if (node.op == Op::batch_norm) {
+        work.dx = {input(i).values, -1};
+        buffers.release(work.dy[1]);
+        if (node.residual >= 0) {
+          add_gradient(static_cast<size_t>(node.residual), work.dy[0]);
+        } else {
+          buffers.release(work.dy[0]);
+        }
+      } else {
+        if (outputs_[i].gradient_count > 1 && node.op != Op::max_pool)
+          refuse(node, "more than one node reads its output.");
+        if (node.input >= 0) {
+          const Output& from = input(i);
+          work.dx = buffers.take(static_cast<size_t>(from.count()) *
+                                 (from.vector ? sizeof(float) : sizeof(T)));
+        }
+        for (const Gradient& gradient : work.dy) buffers.release(gradient);
+      }
+      if (node.input >= 0) add_gradient(static_cast<size_t>(node.input), work.dx);
+    }
+  }
+
+  void add_gradient(size_t node, const Gradient& gradient) {
+    Output& output = outputs_[node];
+    if (output.gradient_count == 2) refuse(nodes_[node], "more than two nodes read its output.");
+    output.gradients[static_cast<size_t>(output.gradient_count++)] = gradient;
+  }
+
+  int64_t range_count() const {
+    int64_t count = 0;
+    for (const Parameter& of : parameters_)
+      count += (of.layout.stored_count() + kRangeElements - 1) / kRangeElements;
+    return count;
+  }
+
+  void write_tables() {
+    std::vector<ParameterTensor<T>> table;
+    std::vector<int64_t> counts;
+    for (const Parameter& of : parameters_) {
+      counts.push_back(of.layout.stored_count());
+      table.push_back({of.values, of.momentum, of.gradient, static_cast<T*>(of.copy), counts.back(),
+                       of.gradient_is_float, of.is_operand});
+    }
+    const std::vector<ParameterRange> ranges = parameter_ranges(counts);
+    write_device(table_, table, stream_);
+    write_device(ranges_, ranges, stream_);
+  }
+
+  // ---- Running ----
+
+  void run_forward() {
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const Node& node = nodes_[i];
+      const Work& work = work_[i];
+      void* y = outputs_[i].values;
+      switch (node.op) {
+        case Op::convolution:
+          work.forward->run(input_of(i), parameters_[static_cast<size_t>(work.weight)].operand(), y,
+                            workspace_);
+          break;
+        case Op::batch_norm:
+          if (outputs_[i].vector) {
+            run_batch_norm<float>(i);
+          } else {
+            run_batch_norm<T>(i);
+          }
+          break;
+        case Op::max_pool:
+          max_pool(pool_shape(node), static_cast<const T*>(input_of(i)), static_cast<T*>(y),
+                   work.where, stream_.get());
+          break;
+        case Op::global_average_pool:
+          average_pool(batch_, node.in_size * node.in_size, node.out_channels,
+                       static_cast<const T*>(input_of(i)), static_cast<float*>(y),
+                       static_cast<T*>(work.operand), stream_.get());
+          break;
+        case Op::linear: {
+          const auto* x = work_[static_cast<size_t>(node.input)].operand;
+          products_->multiply({.m = batch_,
+                               .n = node.out_channels,
+                               .k = node.in_channels,
+                               .transpose_b = true,
+                               .operands = number_type<T>()},
+                              1, x, parameters_[static_cast<size_t>(work.weight)].operand(), 0, y);
+          apply_affine({nullptr, nullptr, values_of(work.bias)}, batch_, node.out_channels,
+                       static_cast<const float*>(y), static_cast<const float*>(nullptr),
+                       static_cast<float*>(y), false, stream_.get());
+          break;
+        }
+      }
+    }
+  }
+
+  void run_backward() {
+    for (size_t i = nodes_.size(); i-- > 0;) {
+      const Node& node = nodes_[i];
+      const Work& work = work_[i];
+      switch (node.op) {
+        case Op::convolution: {
+          Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
+          work.weights->run(input_of(i), weight.gradient, work.dy[0].values, workspace_);
+          if (work.data != nullptr)
+            work.data->run(work.dx.values, weight.operand(), work.dy[0].values, workspace_);
+          break;
+        }
+        case Op::batch_norm:
+          if (outputs_[i].vector) {
+            run_batch_norm_backward<float>(i);
+          } else {
+            run_batch_norm_backward<T>(i);
+          }
+          break;
+        case Op::max_pool:
+          max_pool_backward(pool_shape(node), static_cast<const T*>(work.dy[0].values),
+                            static_cast<const T*>(work.dy[1].values), work.where,
+                            static_cast<T*>(work.dx.values), stream_.get());
+          break;
+        case Op::global_average_pool:
+          average_pool_backward(batch_, node.in_size * node.in_size, node.out_channels,
+                                static_cast<const float*>(work.dy[0].values),
+                                static_cast<T*>(work.dx.values), stream_.get());
+          break;
+        case Op::linear:
+          run_linear_backward(i);
+          break;
+      }
+    }
+  }
+
+  void run_linear_backward(size_t i) {
+    const Node& node = nodes_[i];
+    const Work& work = work_[i];
+    const Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
+    const auto* dy = static_cast<const float*>(work.dy[0].values);
+    convert(dy, nullptr, outputs_[i].count(), static_cast<T*>(work.operand), stream_.get());
+    column_sums(dy, batch_, node.out_channels, gradient_of(work.bias), stream_.get());
+    products_->multiply({.m = node.out_channels,
+                         .n = node.in_channels,
+                         .k = batch_,
+                         .transpose_a = true,
+                         .operands = number_type<T>()},
+                        1, work.operand, work_[static_cast<size_t>(node.input)].operand, 0,
+                        weight.gradient);
+    products_->multiply(
+        {.m = batch_, .n = node.in_channels, .k = node.out_channels, .operands = number_type<T>()},
+        1, work.operand, weight.operand(), 0, work.dx.values);
+  }
+
+  template <typename N>
+  void run_batch_norm(size_t i) {
+    const Node& node = nodes_[i];
+    const void* residual =
+        node.residual < 0 ? nullptr : outputs_[static_cast<size_t>(node.residual)].values;
+    batch_norm_forward(work_[i].norm, static_cast<const N*>(input_of(i)),
+                       static_cast<const N*>(residual), static_cast<N*>(outputs_[i].values),
+                       node.activation == Activation::relu, scratch_, stream_.get());
+  }
+
+  template <typename N>
+  void run_batch_norm_backward(size_t i) {
+    const Node& node = nodes_[i];
+    const Work& work = work_[i];
+    // Without a residual the ReLU's mask is found again from x.
+    const void* y = node.residual < 0 ? nullptr : outputs_[i].values;
+    batch_norm_backward(work.norm, work.norm_gradient, static_cast<const N*>(input_of(i)),
+                        static_cast<const N*>(y), node.activation == Activation::relu,
+                        static_cast<N*>(work.dy[0].values),
+                        static_cast<const N*>(work.dy[1].values), static_cast<N*>(work.dx.values),
+                        scratch_, stream_.get());
+  }
+
+  PoolShape pool_shape(const Node& node) const {
+    return {.images = batch_,
+            .channels = static_cast<int>(node.out_channels),
+            .in_size = static_cast<int>(node.in_size),
+            .out_size = static_cast<int>(node.out_size)};
+  }
+
+  // ---- Lookups and copies ----
+
+  bool scales() const { return precision_ == Precision::fp16; }
+  Output& input(size_t i) { return outputs_[static_cast<size_t>(nodes_[i].input)]; }
+  void* input_of(size_t i) { return nodes_[i].input < 0 ? image_ : input(i).values; }
+  float* values_of(int parameter) const {
+    return parameter < 0 ? nullptr : parameters_[static_cast<size_t>(parameter)].values;
+  }
+  float* gradient_of(int parameter) const {
+    return parameter < 0
+               ? nullptr
+               : static_cast<float*>(parameters_[static_cast<size_t>(parameter)].gradient);
+  }
+  const Parameter& parameter(const std::string& name) const {
+    return *std::find_if(parameters_.begin(), parameters_.end(),
+                         [&](const Parameter& of) { return of.name == name; });
+  }
+  const Statistic& statistic(const std::string& name) const {
+    return *std::find_if(statistics_.begin(), statistics_.end(),
+                         [&](const Statistic& of) { return of.name == name; });
+  }
+
+  void read_parameter(const Parameter& of, const float* from, std::span<float> values) const {
+    std::vector<float> stored(static_cast<size_t>(of.layout.stored_count()));
+    read_device(from, stored, stream_);
+    of.layout.from_stored(stored, values);
+  }
+
+  void fill(float* values, int64_t count, float value) const {
+    write_device(values,
+                 std::span<const float>(std::vector<float>(static_cast<size_t>(count), value)),
+                 stream_);
+  }
+
+  template <typename N>
+  static bool all_finite(const std::vector<N>& values) {
+    return std::all_of(values.begin(), values.end(),
+                       [](N value) { return std::isfinite(to_float(value)); });
+  }
+
+  std::vector<Node> nodes_;
+  int64_t batch_;
+  Precision precision_;
+  const Stream& stream_;
+  Convolutions convolutions_;
+  CublasLt cublas_lt_;
+  std::optional<Products> products_;
+  std::vector<TensorInfo> tensors_;
+  std::vector<Output> outputs_;  // by node, as the two below
+  std::vector<Work> work_;
+  std::vector<Parameter> parameters_;
+  std::vector<Statistic> statistics_;
+  std::vector<std::pair<int64_t, int64_t>> norm_shapes_;  // rows and channels
+  T* image_ = nullptr;                                    // [batch, size, size, 4]
+  BatchNormScratch scratch_{};
+  ParameterTensor<T>* table_ = nullptr;
+  ParameterRange* ranges_ = nullptr;
+  LossScale* loss_scale_ = nullptr;
+  char* workspace_ = nullptr;
+  size_t workspace_bytes_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<TrainingNetwork> make_training_network(std::vector<Node> nodes, int64_t batch,
+                                                       Precision precision, bool deterministic,
+                                                       const Libraries& libraries,
+                                                       const Stream& stream) {
+  return with_operands(precision, [&]<typename T>(T) -> std::unique_ptr<TrainingNetwork> {
+    return std::make_unique<NetworkOf<T>>(std::move(nodes), batch, precision, deterministic,
+                                          libraries, stream);
+  });
+}
+
+}  // namespace hardmine::cuda

@@ -1,0 +1,71 @@
+// A network in training on CUDA: forward, backward and SGD, enqueued on one stream and fit to be
+// captured in a graph. Convolutions are cuDNN's, the last product cuBLASLt's, everything between
+// them our own kernels. Feature maps and operands have the network's precision T; weights,
+// momentum, statistics, batch-norm's gradients and the vectors after the pooling are fp32.
+//
+// What is kept for the backward pass: each convolution's output and each batch-norm's, one byte an
+// element of the max-pool. A batch-norm's gradient overwrites the convolution output it read; where
+// a residual joins, the masked gradient stays in its buffer as the residual's own.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/backend.h"
+#include "core/network.h"
+#include "cuda/kernels/sgd.cuh"
+#include "cuda/libraries.h"
+#include "cuda/runtime.h"
+
+namespace hardmine::cuda {
+
+class TrainingNetwork {
+ public:
+  virtual ~TrainingNetwork() = default;
+
+  virtual const std::vector<Node>& nodes() const = 0;
+  int64_t embedding() const { return nodes().back().out_channels; }
+
+  // Memory: each twice, counting and real (Arena), the state first. Everything starts as zero.
+  virtual void layout_state(Arena& arena) = 0;  // does not depend on the batch
+  virtual void layout_batch(Arena& arena) = 0;
+  // Settles the convolutions' plans, which may take timing, and runs every plan once, so that
+  // nothing is prepared later. Leaves rubbish everywhere: initialise() comes after.
+  virtual void prepare() = 0;
+  // Parameters from the seed, batch-norms as torch's, momentum 0. Waits for the stream.
+  virtual void initialise(uint64_t seed) = 0;
+
+  // Enqueues the forward pass over images [batch, size, size, 3] by batch statistics, which also
+  // moves the running ones. Gives the embeddings [batch, embedding].
+  virtual const float* forward(const uint8_t* images, const Augmentation* augmentations) = 0;
+  // Enqueues gradients of all parameters from that of the embeddings [batch, embedding].
+  virtual void backward(const float* grad_embeddings) = 0;
+  // Enqueues the check of the gradients, SGD and, in fp16, the loss scale's next value.
+  virtual void update(const StepParameters* parameters) = 0;
+
+  virtual const std::vector<TensorInfo>& tensors() const = 0;
+  // These wait for the stream.
+  virtual void read(const std::string& name, std::span<float> values) const = 0;
+  virtual void write(const std::string& name, std::span<const float> values) = 0;
+  // The gradient of a parameter by the last backward, unscaled.
+  virtual void read_gradient(const std::string& name, std::span<float> values) const = 0;
+  virtual LossScale loss_scale() const = 0;
+  virtual void write_loss_scale(const LossScale& scale) = 0;
+  // Names the first tensor that holds NaN or infinity: parameters, then activations in order; empty
+  // if there is none.
+  virtual std::string first_non_finite() const = 0;
+  // Which plan every convolution runs: with another one, bits differ.
+  virtual std::string fingerprint() const = 0;
+};
+
+// Any list of nodes that reads one image and ends in a vector. Throws codes::kConfig for a network
+// that cannot be trained here.
+std::unique_ptr<TrainingNetwork> make_training_network(std::vector<Node> nodes, int64_t batch,
+                                                       Precision precision, bool deterministic,
+                                                       const Libraries& libraries,
+                                                       const Stream& stream);
+
+}  // namespace hardmine::cuda

@@ -1,0 +1,104 @@
+// Asks the cuDNN of this machine whether it has an engine, within a session's workspace, for every
+// convolution of ResNet18 on the GPU whose properties are in a file of cuDNN's JSON. No GPU is
+// needed: cuDNN's heuristics and support checks take the properties instead. Compiles against
+// test/simt's stand-ins, as nothing here calls CUDA. Built and run by scripts/test-cudnn.mjs.
+#include <algorithm>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/error.h"
+#include "core/network.h"
+#include "cuda/convolution.h"
+#include "cuda/libraries.h"
+#include "cuda/maps.h"
+#include "cuda/runtime.h"
+
+namespace {
+
+using namespace hardmine;
+using cuda::ConvolutionPass;
+
+constexpr size_t kOldestCudnn = 91100;  // 9.11: the first that NVIDIA's own sample of this needs
+
+struct Counts {
+  int passed = 0, failed = 0;
+};
+
+// Every pass that the network trains with, at one batch size.
+void ask(const cuda::Cudnn& library, const std::string& properties, const std::vector<Node>& nodes,
+         int64_t batch, Precision precision, Counts& counts) {
+  using Question = std::pair<cuda::ConvolutionShape, ConvolutionPass>;
+  std::set<Question> questions;
+  for (const Node& node : nodes) {
+    if (node.op != Op::convolution) continue;
+    const cuda::ConvolutionShape shape = cuda::convolution_shape(node, batch, precision);
+    questions.insert({shape, ConvolutionPass::forward});
+    questions.insert({shape, ConvolutionPass::weight_gradient});
+    if (node.input >= 0) questions.insert({shape, ConvolutionPass::data_gradient});
+  }
+  cuda::Convolutions convolutions(library, properties);
+  size_t workspace = 0;
+  for (const auto& [shape, pass] : questions) {
+    try {
+      workspace = std::max(workspace, convolutions.plan(shape, pass).workspace_bytes());
+      ++counts.passed;
+    } catch (const Error& error) {
+      std::cout << error.what() << '\n';
+      ++counts.failed;
+    }
+  }
+  std::cout << (precision == Precision::fp16   ? "fp16"
+                : precision == Precision::bf16 ? "bf16"
+                                               : "fp32")
+            << ", batch " << batch << ": " << questions.size() << " passes, at most "
+            << cuda::mebibytes(workspace) << " of workspace\n";
+}
+
+int run(const std::string& file) {
+  std::ifstream in(file);
+  std::string properties(std::istreambuf_iterator<char>(in), {});
+  properties.resize(properties.find_last_of('}') + 1);  // nothing after the JSON
+  if (properties.empty()) throw Error(codes::kInput, "No JSON of a GPU's properties in " + file);
+
+  cuda::Cudnn library{};
+  try {
+    library = cuda::open_cudnn();
+  } catch (const Error& error) {
+    if (std::string(error.code()) != codes::kUnavailable) throw;
+    std::cout << "skipped: " << error.what() << '\n';
+    return 0;
+  }
+  const size_t version = library.get_version();
+  if (version < kOldestCudnn) {
+    std::cout << "skipped: cuDNN " << cuda::version_text(version)
+              << " takes no properties of a GPU that is not here; "
+              << cuda::version_text(kOldestCudnn) << " or later does.\n";
+    return 0;
+  }
+
+  std::cout << "cuDNN " << cuda::version_text(version) << " on " << file << '\n';
+  const std::vector<Node> nodes = build_network({});
+  Counts counts;
+  for (const Precision precision : {Precision::fp16, Precision::bf16, Precision::fp32})
+    for (const int64_t batch : {1, 64, 512})
+      ask(library, properties, nodes, batch, precision, counts);
+  std::cout << counts.passed << " passed, " << counts.failed << " failed\n";
+  return counts.failed == 0 && counts.passed > 0 ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    if (argc != 2) throw Error(codes::kInput, "The file of a GPU's properties is wanted.");
+    return run(argv[1]);
+  } catch (const Error& error) {
+    std::cout << error.code() << ": " << error.what() << '\n';
+    return 1;
+  }
+}

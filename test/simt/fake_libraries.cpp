@@ -1,0 +1,857 @@
+#include "test/simt/fake_libraries.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <optional>
+#include <vector>
+
+namespace simt {
+namespace {
+
+using namespace hardmine::cuda;
+
+FakeLibraries& fakes() {
+  if (FakeLibraries::current == nullptr) throw Fault("a library call without its fake");
+  return *FakeLibraries::current;
+}
+
+// ---- Numbers of any type as floats ----
+
+enum class Type : uint8_t { fp32, fp16, bf16 };
+
+size_t bytes_of(Type type) {
+  return type == Type::fp32 ? 4 : 2;
+}
+template <typename T>
+void load_as(const void* from, std::vector<float>& values) {
+  const T* typed = static_cast<const T*>(from);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<float>(typed[i]);
+}
+std::vector<float> load(const void* from, Type type, size_t count) {
+  std::vector<float> values(count);
+  if (type == Type::fp16) load_as<__half>(from, values);
+  if (type == Type::bf16) load_as<__nv_bfloat16>(from, values);
+  if (type == Type::fp32) load_as<float>(from, values);
+  return values;
+}
+void store(void* to, Type type, size_t index, double value) {
+  const float rounded = static_cast<float>(value);
+  if (type == Type::fp16) static_cast<__half*>(to)[index] = __float2half_rn(rounded);
+  if (type == Type::bf16) static_cast<__nv_bfloat16*>(to)[index] = __float2bfloat16_rn(rounded);
+  if (type == Type::fp32) static_cast<float*>(to)[index] = rounded;
+}
+// What an unordered sum does to a result: a relative error that differs from run to run.
+double noise(Type type) {
+  const double unit = type == Type::fp32 ? 0x1p-23 : type == Type::fp16 ? 0x1p-10 : 0x1p-7;
+  return 1 + unit * static_cast<double>(Device::current->draw() % 2);
+}
+// A library may use all the workspace that it asked for.
+void scribble(void* workspace, size_t bytes) {
+  if (bytes > 0) std::memset(workspace, 0xAB, bytes);
+}
+
+// ---- cuDNN ----
+
+using cudnn::Attribute;
+using cudnn::AttributeType;
+using cudnn::DescriptorType;
+using CudnnStatus = cudnn::Status;
+
+struct Node {
+  DescriptorType type{};
+  bool finalised = false;
+  struct Value {
+    AttributeType type;
+    int64_t count;
+    std::vector<char> bytes;
+  };
+  std::map<Attribute, Value> values;
+  // Set by the library itself.
+  int64_t engine = 0;
+  std::vector<std::pair<int, int64_t>> knobs;
+  const Node* graph = nullptr;
+
+  template <typename T>
+  T get(Attribute attribute, size_t index = 0) const {
+    T value;
+    std::memcpy(&value, values.at(attribute).bytes.data() + index * sizeof(T), sizeof(T));
+    return value;
+  }
+  const Node& node(Attribute attribute, size_t index = 0) const {
+    return *static_cast<const Node*>(get<void*>(attribute, index));
+  }
+};
+
+struct Rule {
+  DescriptorType owner;
+  Attribute attribute;
+  AttributeType type;
+  int64_t count;  // 0: any above 0
+  bool required = true;
+};
+
+const std::vector<Rule>& rules() {
+  using D = DescriptorType;
+  using A = Attribute;
+  using T = AttributeType;
+  static const std::vector<Rule> all{
+      {D::tensor, A::tensor_unique_id, T::int64, 1},
+      {D::tensor, A::tensor_data_type, T::data_type, 1},
+      {D::tensor, A::tensor_byte_alignment, T::int64, 1},
+      {D::tensor, A::tensor_dimensions, T::int64, 4},
+      {D::tensor, A::tensor_strides, T::int64, 4},
+      {D::convolution, A::convolution_compute_type, T::data_type, 1},
+      {D::convolution, A::convolution_mode, T::convolution_mode, 1},
+      {D::convolution, A::convolution_spatial_dimensions, T::int64, 1},
+      {D::convolution, A::convolution_filter_strides, T::int64, 2},
+      {D::convolution, A::convolution_dilations, T::int64, 2},
+      {D::convolution, A::convolution_pre_paddings, T::int64, 2},
+      {D::convolution, A::convolution_post_paddings, T::int64, 2},
+      {D::operation_convolution_forward, A::convolution_forward_alpha, T::fp32, 1},
+      {D::operation_convolution_forward, A::convolution_forward_beta, T::fp32, 1},
+      {D::operation_convolution_forward, A::convolution_forward_convolution, T::descriptor, 1},
+      {D::operation_convolution_forward, A::convolution_forward_x, T::descriptor, 1},
+      {D::operation_convolution_forward, A::convolution_forward_w, T::descriptor, 1},
+      {D::operation_convolution_forward, A::convolution_forward_y, T::descriptor, 1},
+      {D::operation_convolution_backward_data, A::convolution_backward_data_alpha, T::fp32, 1},
+      {D::operation_convolution_backward_data, A::convolution_backward_data_beta, T::fp32, 1},
+      {D::operation_convolution_backward_data, A::convolution_backward_data_convolution,
+       T::descriptor, 1},
+      {D::operation_convolution_backward_data, A::convolution_backward_data_w, T::descriptor, 1},
+      {D::operation_convolution_backward_data, A::convolution_backward_data_dx, T::descriptor, 1},
+      {D::operation_convolution_backward_data, A::convolution_backward_data_dy, T::descriptor, 1},
+      {D::operation_convolution_backward_filter, A::convolution_backward_filter_alpha, T::fp32, 1},
+      {D::operation_convolution_backward_filter, A::convolution_backward_filter_beta, T::fp32, 1},
+      {D::operation_convolution_backward_filter, A::convolution_backward_filter_convolution,
+       T::descriptor, 1},
+      {D::operation_convolution_backward_filter, A::convolution_backward_filter_x, T::descriptor,
+       1},
+      {D::operation_convolution_backward_filter, A::convolution_backward_filter_dw, T::descriptor,
+       1},
+      {D::operation_convolution_backward_filter, A::convolution_backward_filter_dy, T::descriptor,
+       1},
+      {D::operation_graph, A::operation_graph_handle, T::handle, 1, false},
+      {D::operation_graph, A::operation_graph_operations, T::descriptor, 1},
+      {D::device_properties, A::device_properties_json, T::character, 0},
+      {D::engine_heuristic, A::heuristic_operation_graph, T::descriptor, 1},
+      {D::engine_heuristic, A::heuristic_mode, T::heuristic_mode, 1},
+      {D::engine_heuristic, A::heuristic_device_properties, T::descriptor, 1, false},
+      {D::execution_plan, A::execution_plan_handle, T::handle, 1, false},
+      {D::execution_plan, A::execution_plan_engine_config, T::descriptor, 1},
+      {D::variant_pack, A::variant_pack_unique_ids, T::int64, 0},
+      {D::variant_pack, A::variant_pack_data_pointers, T::void_pointer, 0},
+      {D::variant_pack, A::variant_pack_workspace, T::void_pointer, 1},
+  };
+  return all;
+}
+
+size_t element_bytes(AttributeType type) {
+  switch (type) {
+    case AttributeType::character:
+      return 1;
+    case AttributeType::handle:
+    case AttributeType::int64:
+    case AttributeType::void_pointer:
+    case AttributeType::descriptor:
+      return 8;
+    default:
+      return 4;  // enumerators and floats
+  }
+}
+
+CudnnStatus refuse(CudnnStatus status, const std::string& why) {
+  fakes().last_error = why;
+  return status;
+}
+std::string number(Attribute attribute) {
+  return std::to_string(static_cast<int>(attribute));
+}
+
+CudnnStatus create_descriptor(DescriptorType type, cudnn::Descriptor* descriptor) {
+  auto* node = new Node;
+  node->type = type;
+  *descriptor = node;
+  ++fakes().objects;
+  ++fakes().allocations;
+  return CudnnStatus::success;
+}
+CudnnStatus destroy_descriptor(cudnn::Descriptor descriptor) {
+  delete static_cast<Node*>(descriptor);
+  if (FakeLibraries::current != nullptr) --FakeLibraries::current->objects;
+  return CudnnStatus::success;
+}
+
+CudnnStatus set_attribute(cudnn::Descriptor descriptor, Attribute attribute, AttributeType type,
+                          int64_t count, const void* elements) {
+  Node& node = *static_cast<Node*>(descriptor);
+  if (node.finalised)
+    return refuse(CudnnStatus::bad_parameter,
+                  "attribute " + number(attribute) + " is set on a finalised descriptor");
+  const auto rule = std::find_if(rules().begin(), rules().end(), [&](const Rule& r) {
+    return r.owner == node.type && r.attribute == attribute;
+  });
+  if (rule == rules().end())
+    return refuse(CudnnStatus::bad_parameter,
+                  "attribute " + number(attribute) + " is not of this descriptor");
+  if (rule->type != type || count < 1 || (rule->count != 0 && rule->count != count))
+    return refuse(CudnnStatus::bad_parameter,
+                  "attribute " + number(attribute) + " has the wrong type or count");
+  if (type == AttributeType::descriptor) {
+    for (int64_t i = 0; i < count; ++i) {
+      const auto* given = static_cast<Node* const*>(elements)[i];
+      if (given == nullptr || !given->finalised)
+        return refuse(CudnnStatus::not_finalised,
+                      "attribute " + number(attribute) + " is a descriptor that is not finalised");
+    }
+  }
+  const char* bytes = static_cast<const char*>(elements);
+  node.values[attribute] = {
+      type, count,
+      std::vector<char>(bytes, bytes + element_bytes(type) * static_cast<size_t>(count))};
+  return CudnnStatus::success;
+}
+
+struct Tensor {
+  int64_t id, n, c, size;
+  Type type;
+  size_t count() const { return static_cast<size_t>(n * c * size * size); }
+};
+
+Tensor tensor_of(const Node& node) {
+  const auto type = node.get<cudnn::DataType>(Attribute::tensor_data_type);
+  return {node.get<int64_t>(Attribute::tensor_unique_id),
+          node.get<int64_t>(Attribute::tensor_dimensions, 0),
+          node.get<int64_t>(Attribute::tensor_dimensions, 1),
+          node.get<int64_t>(Attribute::tensor_dimensions, 2),
+          type == cudnn::DataType::fp16   ? Type::fp16
+          : type == cudnn::DataType::bf16 ? Type::bf16
+                                          : Type::fp32};
+}
+
+enum class Pass : uint8_t { forward, data, filter };
+
+// One graph, understood.
+struct Problem {
+  Pass pass = Pass::forward;
+  Tensor x{}, w{}, y{};
+  int64_t stride = 1, padding = 0;
+  double alpha = 1, beta = 0;
+};
+
+std::optional<Pass> pass_of(const Node& operation) {
+  switch (operation.type) {
+    case DescriptorType::operation_convolution_forward:
+      return Pass::forward;
+    case DescriptorType::operation_convolution_backward_data:
+      return Pass::data;
+    case DescriptorType::operation_convolution_backward_filter:
+      return Pass::filter;
+    default:
+      return std::nullopt;
+  }
+}
+
+Problem problem_of(const Node& operation) {
+  using A = Attribute;
+  Problem p;
+  p.pass = *pass_of(operation);
+  const auto fill = [&](A alpha, A beta, A convolution, A x, A w, A y) {
+    p.alpha = operation.get<float>(alpha);
+    p.beta = operation.get<float>(beta);
+    const Node& geometry = operation.node(convolution);
+    p.stride = geometry.get<int64_t>(A::convolution_filter_strides);
+    p.padding = geometry.get<int64_t>(A::convolution_pre_paddings);
+    p.x = tensor_of(operation.node(x));
+    p.w = tensor_of(operation.node(w));
+    p.y = tensor_of(operation.node(y));
+  };
+  if (p.pass == Pass::forward)
+    fill(A::convolution_forward_alpha, A::convolution_forward_beta,
+         A::convolution_forward_convolution, A::convolution_forward_x, A::convolution_forward_w,
+         A::convolution_forward_y);
+  if (p.pass == Pass::data)
+    fill(A::convolution_backward_data_alpha, A::convolution_backward_data_beta,
+         A::convolution_backward_data_convolution, A::convolution_backward_data_dx,
+         A::convolution_backward_data_w, A::convolution_backward_data_dy);
+  if (p.pass == Pass::filter)
+    fill(A::convolution_backward_filter_alpha, A::convolution_backward_filter_beta,
+         A::convolution_backward_filter_convolution, A::convolution_backward_filter_x,
+         A::convolution_backward_filter_dw, A::convolution_backward_filter_dy);
+  return p;
+}
+
+Problem problem_of_graph(const Node& graph) {
+  return problem_of(graph.node(Attribute::operation_graph_operations));
+}
+
+// Why a descriptor with all its attributes is wrong; empty when it is right.
+std::string fault_of(const Node& node) {
+  using A = Attribute;
+  if (node.type == DescriptorType::tensor) {
+    int64_t d[4], s[4];
+    for (size_t i = 0; i < 4; ++i) {
+      d[i] = node.get<int64_t>(A::tensor_dimensions, i);
+      s[i] = node.get<int64_t>(A::tensor_strides, i);
+      if (d[i] < 1) return "a dimension below 1";
+    }
+    if (d[2] != d[3]) return "the fake knows square maps only";
+    if (s[1] != 1 || s[3] != d[1] || s[2] != d[3] * d[1] || s[0] != d[2] * d[3] * d[1])
+      return "strides that are not packed NHWC";
+    if (node.get<int64_t>(A::tensor_byte_alignment) < 16) return "less than 16 bytes of alignment";
+  }
+  if (node.type == DescriptorType::convolution) {
+    if (node.get<cudnn::DataType>(A::convolution_compute_type) != cudnn::DataType::fp32)
+      return "sums that are not fp32";
+    if (node.get<cudnn::ConvolutionMode>(A::convolution_mode) !=
+        cudnn::ConvolutionMode::cross_correlation)
+      return "a flipped filter";
+    if (node.get<int64_t>(A::convolution_spatial_dimensions) != 2) return "not two dimensions";
+    for (size_t i = 0; i < 2; ++i) {
+      if (node.get<int64_t>(A::convolution_dilations, i) != 1) return "a dilation";
+      if (node.get<int64_t>(A::convolution_filter_strides, i) !=
+              node.get<int64_t>(A::convolution_filter_strides) ||
+          node.get<int64_t>(A::convolution_pre_paddings, i) !=
+              node.get<int64_t>(A::convolution_pre_paddings) ||
+          node.get<int64_t>(A::convolution_post_paddings, i) !=
+              node.get<int64_t>(A::convolution_pre_paddings))
+        return "the fake knows the same stride and padding on all sides only";
+    }
+  }
+  if (pass_of(node)) {
+    const Problem p = problem_of(node);
+    if (p.beta != 0) return "the fake adds to no result";
+    if (p.x.n != p.y.n || p.w.n != p.y.c || p.w.c != p.x.c) return "tensors of other shapes";
+    if (p.y.size != (p.x.size + 2 * p.padding - p.w.size) / p.stride + 1)
+      return "a result of " + std::to_string(p.y.size) + " pixels";
+  }
+  if (node.type == DescriptorType::operation_graph &&
+      !pass_of(node.node(A::operation_graph_operations)))
+    return "a graph that the fake does not know";
+  if (node.type == DescriptorType::device_properties) {
+    const std::vector<char>& json = node.values.at(A::device_properties_json).bytes;
+    if (json.front() != '{' || json.back() != '}') return "properties that are no JSON";
+  }
+  if (node.type == DescriptorType::engine_heuristic &&
+      node.values.contains(A::heuristic_device_properties) ==
+          node.node(A::heuristic_operation_graph).values.contains(A::operation_graph_handle))
+    return "not the properties of one device";
+  if (node.type == DescriptorType::variant_pack &&
+      node.values.at(A::variant_pack_unique_ids).count !=
+          node.values.at(A::variant_pack_data_pointers).count)
+    return "a pointer for each tensor is needed";
+  return {};
+}
+
+CudnnStatus finalise(cudnn::Descriptor descriptor) {
+  Node& node = *static_cast<Node*>(descriptor);
+  if (node.finalised) return refuse(CudnnStatus::bad_parameter, "finalised twice");
+  for (const Rule& rule : rules())
+    if (rule.owner == node.type && rule.required && !node.values.contains(rule.attribute))
+      return refuse(CudnnStatus::bad_parameter,
+                    "attribute " + number(rule.attribute) + " is missing");
+  const std::string fault = fault_of(node);
+  if (!fault.empty()) return refuse(CudnnStatus::bad_parameter, fault);
+  if (node.type == DescriptorType::execution_plan) {
+    ++fakes().plans_built;
+    const Node& config = node.node(Attribute::execution_plan_engine_config);
+    node.engine = config.engine;
+    node.graph = config.graph;
+    if (node.engine == 11) return refuse(CudnnStatus::not_supported, "engine 11");
+  }
+  node.finalised = true;
+  return CudnnStatus::success;
+}
+
+size_t workspace_of(int64_t engine) {
+  return engine == 7 ? 4096 : engine == 9 ? size_t{1} << 30 : 0;
+}
+double microseconds_of(int64_t engine) {
+  return engine == 9 ? 1 : engine == 2 ? 5 : engine == 7 ? 10 : 50;
+}
+
+std::vector<int64_t> engines_of(const Node& heuristic) {
+  const bool fallback = heuristic.get<cudnn::HeuristicMode>(Attribute::heuristic_mode) ==
+                        cudnn::HeuristicMode::fallback;
+  if (fakes().options.only_nondeterministic)
+    return fallback ? std::vector<int64_t>{} : std::vector<int64_t>{2};
+  return fallback ? std::vector<int64_t>{0, 2} : std::vector<int64_t>{2, 7, 9, 11};
+}
+
+template <typename T>
+CudnnStatus give(const std::vector<T>& values, int64_t requested, int64_t* count, void* elements) {
+  *count = static_cast<int64_t>(values.size());
+  const int64_t given = std::min<int64_t>(requested, *count);
+  if (given > 0) std::memcpy(elements, values.data(), static_cast<size_t>(given) * sizeof(T));
+  return CudnnStatus::success;
+}
+
+CudnnStatus get_attribute(cudnn::Descriptor descriptor, Attribute attribute, AttributeType type,
+                          int64_t requested, int64_t* count, void* elements) {
+  const Node& node = *static_cast<const Node*>(descriptor);
+  if (!node.finalised) return refuse(CudnnStatus::not_finalised, "read before it is finalised");
+  const auto is = [&](DescriptorType owner, Attribute a, AttributeType t) {
+    return node.type == owner && attribute == a && type == t;
+  };
+  // Descriptors that come out must have been made, of the right type.
+  const auto out = [&](int64_t i, DescriptorType wanted) -> Node* {
+    Node* made = static_cast<Node**>(elements)[i];
+    return made != nullptr && made->type == wanted ? made : nullptr;
+  };
+  if (is(DescriptorType::engine_heuristic, Attribute::heuristic_results,
+         AttributeType::descriptor)) {
+    const std::vector<int64_t> engines = engines_of(node);
+    *count = static_cast<int64_t>(engines.size());
+    for (int64_t i = 0; i < std::min(requested, *count); ++i) {
+      Node* config = out(i, DescriptorType::engine_config);
+      if (config == nullptr) return refuse(CudnnStatus::bad_parameter, "no engine_config to fill");
+      config->engine = engines[static_cast<size_t>(i)];
+      config->graph = &node.node(Attribute::heuristic_operation_graph);
+      if (config->engine == 7) config->knobs = {{12, 3}};
+      config->finalised = true;
+    }
+    return CudnnStatus::success;
+  }
+  if (is(DescriptorType::engine_config, Attribute::engine_config_engine,
+         AttributeType::descriptor)) {
+    Node* engine = requested == 1 ? out(0, DescriptorType::engine) : nullptr;
+    if (engine == nullptr) return refuse(CudnnStatus::bad_parameter, "no engine to fill");
+    *count = 1;
+    engine->engine = node.engine;
+    engine->finalised = true;
+    return CudnnStatus::success;
+  }
+  if (is(DescriptorType::engine_config, Attribute::engine_config_knob_choices,
+         AttributeType::descriptor)) {
+    *count = static_cast<int64_t>(node.knobs.size());
+    for (int64_t i = 0; i < std::min(requested, *count); ++i) {
+      Node* knob = out(i, DescriptorType::knob_choice);
+      if (knob == nullptr) return refuse(CudnnStatus::bad_parameter, "no knob_choice to fill");
+      knob->knobs = {node.knobs[static_cast<size_t>(i)]};
+      knob->finalised = true;
+    }
+    return CudnnStatus::success;
+  }
+  if (is(DescriptorType::knob_choice, Attribute::knob_choice_type, AttributeType::knob_type))
+    return give(std::vector<int>{node.knobs.at(0).first}, requested, count, elements);
+  if (is(DescriptorType::knob_choice, Attribute::knob_choice_value, AttributeType::int64))
+    return give(std::vector<int64_t>{node.knobs.at(0).second}, requested, count, elements);
+  if (is(DescriptorType::engine, Attribute::engine_global_index, AttributeType::int64))
+    return give(std::vector<int64_t>{node.engine}, requested, count, elements);
+  if (is(DescriptorType::engine, Attribute::engine_numerical_notes,
+         AttributeType::numerical_note)) {
+    std::vector<cudnn::NumericalNote> notes;
+    if (node.engine != 0) notes.push_back(cudnn::NumericalNote::tensor_core);
+    if (node.engine == 2) notes.push_back(cudnn::NumericalNote::nondeterministic);
+    return give(notes, requested, count, elements);
+  }
+  if (is(DescriptorType::execution_plan, Attribute::execution_plan_workspace_bytes,
+         AttributeType::int64))
+    return give(std::vector<int64_t>{static_cast<int64_t>(workspace_of(node.engine))}, requested,
+                count, elements);
+  return refuse(CudnnStatus::bad_parameter, "attribute " + number(attribute) + " cannot be read");
+}
+
+// Every pass walks the pairs of input and output pixels that a filter element joins; the innermost
+// loop runs over neighbouring channels.
+template <typename Visit>
+void for_each_tap(const Problem& p, const Visit& visit) {
+  for (int64_t n = 0; n < p.x.n; ++n)
+    for (int64_t oy = 0; oy < p.y.size; ++oy)
+      for (int64_t ox = 0; ox < p.y.size; ++ox)
+        for (int64_t r = 0; r < p.w.size; ++r)
+          for (int64_t s = 0; s < p.w.size; ++s) {
+            const int64_t iy = oy * p.stride - p.padding + r, ix = ox * p.stride - p.padding + s;
+            if (iy < 0 || ix < 0 || iy >= p.x.size || ix >= p.x.size) continue;
+            visit((n * p.y.size + oy) * p.y.size + ox, (n * p.x.size + iy) * p.x.size + ix,
+                  r * p.w.size + s);
+          }
+}
+
+void convolve(const Problem& p, const void* x, const void* w, const void* y,
+              std::vector<double>& out) {
+  const int64_t channels = p.x.c, filters = p.y.c, taps = p.w.size * p.w.size;
+  if (p.pass == Pass::forward) {
+    const std::vector<float> in = load(x, p.x.type, p.x.count());
+    const std::vector<float> weights = load(w, p.w.type, p.w.count());
+    std::vector<float> by_filter(weights.size());  // [tap, channel, filter]
+    for (int64_t k = 0; k < filters; ++k)
+      for (int64_t i = 0; i < taps * channels; ++i)
+        by_filter[static_cast<size_t>(i * filters + k)] =
+            weights[static_cast<size_t>(k * taps * channels + i)];
+    for_each_tap(p, [&](int64_t to, int64_t from, int64_t tap) {
+      double* sums = out.data() + to * filters;
+      for (int64_t c = 0; c < channels; ++c) {
+        const double value = in[static_cast<size_t>(from * channels + c)];
+        const float* row = by_filter.data() + (tap * channels + c) * filters;
+        for (int64_t k = 0; k < filters; ++k) sums[k] += value * row[k];
+      }
+    });
+  } else {
+    const std::vector<float> gradient = load(y, p.y.type, p.y.count());
+    const bool data = p.pass == Pass::data;
+    const std::vector<float> other =
+        data ? load(w, p.w.type, p.w.count()) : load(x, p.x.type, p.x.count());
+    for_each_tap(p, [&](int64_t to, int64_t from, int64_t tap) {
+      for (int64_t k = 0; k < filters; ++k) {
+        const double value = gradient[static_cast<size_t>(to * filters + k)];
+        const int64_t filter = (k * taps + tap) * channels, pixel = from * channels;
+        double* sums = out.data() + (data ? pixel : filter);
+        const float* row = other.data() + (data ? filter : pixel);
+        for (int64_t c = 0; c < channels; ++c) sums[c] += value * row[c];
+      }
+    });
+  }
+}
+
+struct CudnnHandle {
+  cudaStream_t stream = nullptr;
+};
+
+CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descriptor pack_) {
+  const Node &plan = *static_cast<const Node*>(plan_), &pack = *static_cast<const Node*>(pack_);
+  if (!plan.finalised || !pack.finalised)
+    return refuse(CudnnStatus::not_finalised, "an execution of unfinalised descriptors");
+  if (handle == nullptr) return refuse(CudnnStatus::bad_parameter, "an execution without a handle");
+  const cudaStream_t stream = reinterpret_cast<CudnnHandle*>(handle)->stream;
+  const Problem p = problem_of_graph(*plan.graph);
+  bool missing = false;
+  const auto pointer = [&](const Tensor& tensor) -> void* {
+    for (int64_t i = 0; i < pack.values.at(Attribute::variant_pack_unique_ids).count; ++i) {
+      if (pack.get<int64_t>(Attribute::variant_pack_unique_ids, static_cast<size_t>(i)) !=
+          tensor.id)
+        continue;
+      void* address =
+          pack.get<void*>(Attribute::variant_pack_data_pointers, static_cast<size_t>(i));
+      Device::current->check_address(address, tensor.count() * bytes_of(tensor.type),
+                                     "cuDNN, for tensor " + std::to_string(tensor.id) + ",");
+      if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+        throw Fault("a tensor that is not aligned to 16 bytes");
+      return address;
+    }
+    missing = true;
+    return nullptr;
+  };
+  void* w = pointer(p.w);
+  void* y = pointer(p.y);
+  void* x = pointer(p.x);
+  if (missing) return refuse(CudnnStatus::bad_parameter, "a tensor without a pointer");
+  void* workspace = pack.get<void*>(Attribute::variant_pack_workspace);
+  const size_t workspace_bytes = workspace_of(plan.engine);
+  if (workspace_bytes > 0)
+    Device::current->check_address(workspace, workspace_bytes, "cuDNN, as a workspace,");
+
+  ++fakes().executions;
+  const bool noisy = plan.engine == 2;
+  enqueue(
+      stream,
+      [=] {
+        scribble(workspace, workspace_bytes);
+        const Tensor& result = p.pass == Pass::forward ? p.y : p.pass == Pass::data ? p.x : p.w;
+        std::vector<double> out(result.count());
+        convolve(p, x, w, y, out);
+        void* to = p.pass == Pass::forward ? y : p.pass == Pass::data ? x : w;
+        for (size_t i = 0; i < out.size(); ++i)
+          store(to, result.type, i, p.alpha * out[i] * (noisy ? noise(result.type) : 1));
+      },
+      microseconds_of(plan.engine));
+  return CudnnStatus::success;
+}
+
+CudnnStatus cudnn_create(cudnn::Handle* handle) {
+  if (Device::current == nullptr) return CudnnStatus::not_initialised;
+  *handle = reinterpret_cast<cudnn::Handle>(new CudnnHandle);
+  ++fakes().objects;
+  return CudnnStatus::success;
+}
+CudnnStatus cudnn_destroy(cudnn::Handle handle) {
+  delete reinterpret_cast<CudnnHandle*>(handle);
+  if (FakeLibraries::current != nullptr) --FakeLibraries::current->objects;
+  return CudnnStatus::success;
+}
+CudnnStatus cudnn_set_stream(cudnn::Handle handle, cudaStream_t stream) {
+  reinterpret_cast<CudnnHandle*>(handle)->stream = stream;
+  return CudnnStatus::success;
+}
+size_t cudnn_version() {
+  return fakes().options.cudnn_version;
+}
+const char* cudnn_error_string(CudnnStatus status) {
+  switch (status) {
+    case CudnnStatus::bad_parameter:
+      return "CUDNN_STATUS_BAD_PARAM";
+    case CudnnStatus::not_finalised:
+      return "CUDNN_STATUS_BAD_PARAM_NOT_FINALIZED";
+    case CudnnStatus::not_supported:
+      return "CUDNN_STATUS_NOT_SUPPORTED";
+    default:
+      return "CUDNN_STATUS_INTERNAL_ERROR";
+  }
+}
+void cudnn_last_error_string(char* message, size_t bytes) {
+  std::snprintf(message, bytes, "%s", fakes().last_error.c_str());
+}
+
+// ---- cuBLASLt ----
+
+using LtStatus = cublas_lt::Status;
+
+struct LtMatmul {
+  cublas_lt::ComputeType compute;
+  bool transpose_a = false, transpose_b = false;
+};
+struct LtLayout {
+  Type type;
+  int64_t rows, columns, stride;
+};
+struct LtPreference {
+  uint64_t workspace_bytes = 0;
+  uint32_t reductions = 7;  // all, as the library has it
+  uint32_t alignment[4] = {256, 256, 256, 256};
+};
+
+template <typename Made, typename Handle>
+void make(Handle* handle, Made made) {
+  *handle = reinterpret_cast<Handle>(new Made(made));
+  ++fakes().objects;
+}
+template <typename Made, typename Handle>
+LtStatus destroy(Handle handle) {
+  delete reinterpret_cast<Made*>(handle);
+  if (FakeLibraries::current != nullptr) --FakeLibraries::current->objects;
+  return LtStatus::success;
+}
+
+size_t lt_version() {
+  return fakes().options.cublas_lt_version;
+}
+const char* lt_status_string(LtStatus status) {
+  switch (status) {
+    case LtStatus::invalid_value:
+      return "CUBLAS_STATUS_INVALID_VALUE";
+    case LtStatus::not_supported:
+      return "CUBLAS_STATUS_NOT_SUPPORTED";
+    default:
+      return "CUBLAS_STATUS_INTERNAL_ERROR";
+  }
+}
+struct LtHandle {};
+LtStatus lt_create(cublas_lt::Handle* handle) {
+  make(handle, LtHandle{});
+  return LtStatus::success;
+}
+LtStatus matmul_create(cublas_lt::MatmulDescriptor* matmul, cublas_lt::ComputeType compute,
+                       cublas_lt::DataType scale) {
+  if (scale != cublas_lt::DataType::fp32) return LtStatus::not_supported;
+  make(matmul, LtMatmul{compute});
+  return LtStatus::success;
+}
+LtStatus matmul_set(cublas_lt::MatmulDescriptor matmul, cublas_lt::MatmulAttribute attribute,
+                    const void* value, size_t bytes) {
+  if (bytes != sizeof(int32_t)) return LtStatus::invalid_value;
+  int32_t transpose = 0;
+  std::memcpy(&transpose, value, bytes);
+  auto& made = *reinterpret_cast<LtMatmul*>(matmul);
+  (attribute == cublas_lt::MatmulAttribute::transpose_a ? made.transpose_a : made.transpose_b) =
+      transpose == 1;
+  return LtStatus::success;
+}
+LtStatus layout_create(cublas_lt::Layout* layout, cublas_lt::DataType type, uint64_t rows,
+                       uint64_t columns, int64_t stride) {
+  if (rows == 0 || columns == 0 || stride < static_cast<int64_t>(rows))
+    return LtStatus::invalid_value;
+  make(layout, LtLayout{type == cublas_lt::DataType::fp16   ? Type::fp16
+                        : type == cublas_lt::DataType::bf16 ? Type::bf16
+                                                            : Type::fp32,
+                        static_cast<int64_t>(rows), static_cast<int64_t>(columns), stride});
+  return LtStatus::success;
+}
+LtStatus preference_create(cublas_lt::Preference* preference) {
+  make(preference, LtPreference{});
+  return LtStatus::success;
+}
+LtStatus preference_set(cublas_lt::Preference preference, cublas_lt::PreferenceAttribute attribute,
+                        const void* value, size_t bytes) {
+  using A = cublas_lt::PreferenceAttribute;
+  auto& made = *reinterpret_cast<LtPreference*>(preference);
+  if (attribute == A::max_workspace_bytes) {
+    if (bytes != sizeof made.workspace_bytes) return LtStatus::invalid_value;
+    std::memcpy(&made.workspace_bytes, value, bytes);
+    return LtStatus::success;
+  }
+  if (bytes != sizeof(uint32_t)) return LtStatus::invalid_value;
+  uint32_t* target = attribute == A::reduction_scheme_mask
+                         ? &made.reductions
+                         : &made.alignment[static_cast<int>(attribute) -
+                                           static_cast<int>(A::min_alignment_a_bytes)];
+  std::memcpy(target, value, bytes);
+  return LtStatus::success;
+}
+
+// Column-major: D = alpha op(A) op(B) + beta C.
+bool fits(const LtMatmul& matmul, const LtLayout& a, const LtLayout& b, const LtLayout& c,
+          const LtLayout& d) {
+  const int64_t m = matmul.transpose_a ? a.columns : a.rows;
+  const int64_t k = matmul.transpose_a ? a.rows : a.columns;
+  const int64_t k_of_b = matmul.transpose_b ? b.columns : b.rows;
+  const int64_t n = matmul.transpose_b ? b.rows : b.columns;
+  return k == k_of_b && c.rows == m && c.columns == n && d.rows == m && d.columns == n &&
+         c.stride == d.stride && a.type == b.type && c.type == d.type &&
+         (d.type == Type::fp32 || d.type == a.type) &&
+         (matmul.compute == cublas_lt::ComputeType::fp32_fast_tf32) == (a.type == Type::fp32);
+}
+
+struct LtAlgorithm {
+  uint64_t magic;
+  uint64_t workspace_bytes;
+  uint64_t noisy;
+  uint32_t alignment[4];
+  int64_t m, n;
+};
+static_assert(sizeof(LtAlgorithm) <= sizeof(cublas_lt::Algorithm));
+constexpr uint64_t kMagic = 0x4C74416C676F;
+
+LtStatus heuristic(cublas_lt::Handle, cublas_lt::MatmulDescriptor matmul_, cublas_lt::Layout a_,
+                   cublas_lt::Layout b_, cublas_lt::Layout c_, cublas_lt::Layout d_,
+                   cublas_lt::Preference preference_, int requested,
+                   cublas_lt::HeuristicResult* results, int* returned) {
+  ++fakes().heuristics;
+  const auto& matmul = *reinterpret_cast<LtMatmul*>(matmul_);
+  const auto& preference = *reinterpret_cast<LtPreference*>(preference_);
+  const auto& d = *reinterpret_cast<LtLayout*>(d_);
+  if (requested < 1 || !fits(matmul, *reinterpret_cast<LtLayout*>(a_),
+                             *reinterpret_cast<LtLayout*>(b_), *reinterpret_cast<LtLayout*>(c_), d))
+    return LtStatus::invalid_value;
+  const uint64_t wanted = 1024;  // bytes; what the algorithm scribbles over
+  *returned = preference.workspace_bytes >= wanted ? 1 : 0;
+  if (*returned == 0) return LtStatus::not_supported;
+  LtAlgorithm algorithm{kMagic, wanted, preference.reductions & 1, {}, d.rows, d.columns};
+  std::copy(std::begin(preference.alignment), std::end(preference.alignment), algorithm.alignment);
+  results[0] = {};
+  std::memcpy(&results[0].algorithm, &algorithm, sizeof algorithm);
+  results[0].workspace_bytes = wanted;
+  return LtStatus::success;
+}
+
+LtStatus lt_matmul(cublas_lt::Handle, cublas_lt::MatmulDescriptor matmul_, const void* alpha_,
+                   const void* a, cublas_lt::Layout a_, const void* b, cublas_lt::Layout b_,
+                   const void* beta_, const void* c, cublas_lt::Layout c_, void* d,
+                   cublas_lt::Layout d_, const cublas_lt::Algorithm* algorithm_, void* workspace,
+                   size_t workspace_bytes, cudaStream_t stream) {
+  const LtMatmul matmul = *reinterpret_cast<LtMatmul*>(matmul_);
+  const LtLayout at = *reinterpret_cast<LtLayout*>(a_), bt = *reinterpret_cast<LtLayout*>(b_),
+                 ct = *reinterpret_cast<LtLayout*>(c_), dt = *reinterpret_cast<LtLayout*>(d_);
+  LtAlgorithm algorithm;
+  std::memcpy(&algorithm, algorithm_, sizeof algorithm);
+  if (algorithm.magic != kMagic || algorithm.m != dt.rows || algorithm.n != dt.columns ||
+      algorithm.workspace_bytes > workspace_bytes || !fits(matmul, at, bt, ct, dt))
+    return LtStatus::invalid_value;
+  const void* const pointers[] = {a, b, c, d};
+  const LtLayout* const layouts[] = {&at, &bt, &ct, &dt};
+  for (size_t i = 0; i < 4; ++i) {
+    const LtLayout& layout = *layouts[i];
+    const auto elements = static_cast<size_t>((layout.columns - 1) * layout.stride + layout.rows);
+    Device::current->check_address(pointers[i], elements * bytes_of(layout.type), "cuBLASLt");
+    if (reinterpret_cast<uintptr_t>(pointers[i]) % algorithm.alignment[i] != 0)
+      throw Fault("a matrix that is less aligned than its algorithm was promised");
+  }
+  Device::current->check_address(workspace, algorithm.workspace_bytes, "cuBLASLt, as a workspace,");
+  float alpha = 0, beta = 0;  // host pointers: read now
+  std::memcpy(&alpha, alpha_, sizeof alpha);
+  std::memcpy(&beta, beta_, sizeof beta);
+  enqueue(stream, [=] {
+    scribble(workspace, algorithm.workspace_bytes);
+    const auto read = [](const void* from, const LtLayout& layout) {
+      return load(from, layout.type,
+                  static_cast<size_t>((layout.columns - 1) * layout.stride + layout.rows));
+    };
+    const std::vector<float> av = read(a, at), bv = read(b, bt);
+    const int64_t m = dt.rows, n = dt.columns, k = matmul.transpose_a ? at.rows : at.columns;
+    std::vector<float> packed(static_cast<size_t>(m * k));  // op(A), column-major
+    for (int64_t l = 0; l < k; ++l)
+      for (int64_t i = 0; i < m; ++i)
+        packed[static_cast<size_t>(l * m + i)] =
+            av[static_cast<size_t>(matmul.transpose_a ? i * at.stride + l : l * at.stride + i)];
+    std::vector<double> sums(static_cast<size_t>(m));
+    for (int64_t j = 0; j < n; ++j) {
+      std::fill(sums.begin(), sums.end(), 0);
+      for (int64_t l = 0; l < k; ++l) {
+        const double value =
+            bv[static_cast<size_t>(matmul.transpose_b ? l * bt.stride + j : j * bt.stride + l)];
+        const float* column = packed.data() + l * m;
+        for (int64_t i = 0; i < m; ++i) sums[static_cast<size_t>(i)] += value * column[i];
+      }
+      const size_t first = static_cast<size_t>(j * dt.stride);
+      std::vector<float> held;
+      if (beta != 0)
+        held = load(static_cast<const char*>(c) + first * bytes_of(ct.type), ct.type,
+                    static_cast<size_t>(m));
+      for (size_t i = 0; i < sums.size(); ++i) {
+        double value = alpha * sums[i] * (algorithm.noisy != 0 ? noise(dt.type) : 1);
+        if (beta != 0) value += static_cast<double>(beta) * held[i];
+        store(d, dt.type, first + i, value);
+      }
+    }
+  });
+  return LtStatus::success;
+}
+
+template <typename Function>
+void* address(Function* function) {
+  return reinterpret_cast<void*>(function);
+}
+
+}  // namespace
+
+FakeLibraries* FakeLibraries::current = nullptr;
+
+FakeLibraries::FakeLibraries(FakeOptions given) : options(std::move(given)) {
+  if (current != nullptr) throw Fault("a second set of fake libraries");
+  current = this;
+}
+FakeLibraries::~FakeLibraries() {
+  current = nullptr;
+}
+
+void* FakeLibraries::symbol(const char* name) {
+  static const std::map<std::string, void*> functions{
+      {"cudnnGetVersion", address(&cudnn_version)},
+      {"cudnnGetErrorString", address(&cudnn_error_string)},
+      {"cudnnGetLastErrorString", address(&cudnn_last_error_string)},
+      {"cudnnCreate", address(&cudnn_create)},
+      {"cudnnDestroy", address(&cudnn_destroy)},
+      {"cudnnSetStream", address(&cudnn_set_stream)},
+      {"cudnnBackendCreateDescriptor", address(&create_descriptor)},
+      {"cudnnBackendDestroyDescriptor", address(&destroy_descriptor)},
+      {"cudnnBackendSetAttribute", address(&set_attribute)},
+      {"cudnnBackendGetAttribute", address(&get_attribute)},
+      {"cudnnBackendFinalize", address(&finalise)},
+      {"cudnnBackendExecute", address(&execute)},
+      {"cublasLtGetVersion", address(&lt_version)},
+      {"cublasLtGetStatusString", address(&lt_status_string)},
+      {"cublasLtCreate", address(&lt_create)},
+      {"cublasLtDestroy", address(&destroy<LtHandle, cublas_lt::Handle>)},
+      {"cublasLtMatmulDescCreate", address(&matmul_create)},
+      {"cublasLtMatmulDescDestroy", address(&destroy<LtMatmul, cublas_lt::MatmulDescriptor>)},
+      {"cublasLtMatmulDescSetAttribute", address(&matmul_set)},
+      {"cublasLtMatrixLayoutCreate", address(&layout_create)},
+      {"cublasLtMatrixLayoutDestroy", address(&destroy<LtLayout, cublas_lt::Layout>)},
+      {"cublasLtMatmulPreferenceCreate", address(&preference_create)},
+      {"cublasLtMatmulPreferenceDestroy", address(&destroy<LtPreference, cublas_lt::Preference>)},
+      {"cublasLtMatmulPreferenceSetAttribute", address(&preference_set)},
+      {"cublasLtMatmulAlgoGetHeuristic", address(&heuristic)},
+      {"cublasLtMatmul", address(&lt_matmul)},
+  };
+  const auto found = functions.find(name);
+  return found == functions.end() || fakes().options.without == name ? nullptr : found->second;
+}
+
+Libraries FakeLibraries::libraries() const {
+  return {load_cudnn(symbol, "a fake cuDNN"), load_cublas_lt(symbol, "a fake cuBLASLt")};
+}
+
+}  // namespace simt

@@ -1,0 +1,53 @@
+// Fakes of cuDNN 9 and cuBLASLt behind the declarations of cuda/libraries.h, for the emulated
+// device: plain double loops in the order of the stream, capturable like the real ones.
+//
+// They are pedantic where the real ones crash or guess. The fake cuDNN refuses an attribute of
+// another descriptor, type or count, one that is missing or set after finalising, an unfinalised
+// descriptor, a strided layout that is not NHWC, shapes that do not fit each other, and misaligned
+// pointers or such outside CUDA's memory. It offers
+//   mode A:    eng2, first and nondeterministic (its last bit is noise), no workspace;
+//              eng7_k12=3, deterministic, 4 KiB of workspace, slower;
+//              eng9, fastest, 1 GiB of workspace;
+//              eng11, whose plan is never supported;
+//   fallback:  eng0, slowest, deterministic, no workspace.
+// It makes no handle without a device, but plans for one whose properties it is given. The fake
+// cuBLASLt picks an algorithm with noise in its last bit when in-place split sums are allowed, and
+// refuses operands less aligned than its preference promised.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cuda/libraries.h"
+
+namespace simt {
+
+struct FakeOptions {
+  size_t cudnn_version = 92400;
+  size_t cublas_lt_version = 130100;
+  bool only_nondeterministic = false;
+  std::string without{};  // a function that the libraries lack
+};
+
+// Owned by a test, one at a time.
+class FakeLibraries {
+ public:
+  explicit FakeLibraries(FakeOptions options = {});
+  ~FakeLibraries();
+  FakeLibraries(const FakeLibraries&) = delete;
+  FakeLibraries& operator=(const FakeLibraries&) = delete;
+
+  static FakeLibraries* current;
+  static void* symbol(const char* name);  // a hardmine::cuda::SymbolSource
+  hardmine::cuda::Libraries libraries() const;
+
+  FakeOptions options;
+  std::string last_error;  // of cuDNN
+  int64_t objects = 0;     // handles and descriptors alive
+  int64_t plans_built = 0;
+  int64_t executions = 0;   // of cuDNN plans
+  int64_t heuristics = 0;   // cuBLASLt queries
+  int64_t allocations = 0;  // descriptors ever made
+};
+
+}  // namespace simt

@@ -1,0 +1,402 @@
+// The whole CUDA backend on the emulated device and the fakes of cuDNN and cuBLASLt: the network
+// against the double-precision reference, the session's steps as captured graphs, the embedder.
+#include <doctest/doctest.h>
+
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "core/error.h"
+#include "cuda/embedder.h"
+#include "cuda/head.h"
+#include "cuda/network.h"
+#include "cuda/session.h"
+#include "test/native/network_reference.h"
+#include "test/simt/fake_libraries.h"
+
+using namespace hardmine;
+using namespace hardmine::testing;
+
+namespace {
+
+// The images of a small network, so that a step is quick.
+constexpr int64_t kSize = 16;
+constexpr int64_t kEmbedding = 24;
+
+std::vector<Node> small() {
+  return small_network(kSize, 16, 32, kEmbedding, true);
+}
+
+Execution in(Precision precision) {
+  Execution execution;
+  execution.precision = precision;
+  execution.deterministic = true;  // plans without timing
+  return execution;
+}
+
+// A device and its libraries, as long as a test.
+struct Gpu {
+  explicit Gpu(uint64_t seed = 1, size_t memory_bytes = size_t{1} << 30)
+      : device({.memory_bytes = memory_bytes, .major = 8, .seed = seed}) {}
+  simt::FakeLibraries fakes;
+  simt::Device device;  // of the generation with the smaller workspaces
+  cuda::Libraries libraries = fakes.libraries();
+};
+
+std::string error_of(const std::function<void()>& f, const char* code) {
+  try {
+    f();
+  } catch (const Error& e) {
+    CHECK(std::string(e.code()) == code);
+    return e.what();
+  }
+  return "no error";
+}
+
+// fp32 here is plain fp32: the fakes do not round to TF32. fp16 carries 5e-4 in every map and
+// operand of some ten layers, bf16 4e-3; of the ReLU and maximum decisions some then fall
+// otherwise, each of which replaces its share of a gradient. A wrong term is an error of about 1.
+struct Tolerance {
+  Precision precision;
+  double forward, gradient;
+};
+constexpr Tolerance kTolerances[] = {
+    {Precision::fp32, 1e-5, 1e-4}, {Precision::fp16, 4e-3, 0.06}, {Precision::bf16, 0.03, 0.4}};
+
+// The same images every time.
+class FixedBatch : public BatchSource {
+ public:
+  FixedBatch(int64_t count, int64_t size, int32_t classes)
+      : images_(static_cast<size_t>(count * size * size * 3)),
+        augmentations_(static_cast<size_t>(count)) {
+    const std::vector<uint8_t> pixels = random_images(count, size, 77);
+    std::copy(pixels.begin(), pixels.end(), images_.data());
+    for (int32_t i = 0; i < count; ++i) labels.push_back(i % classes);
+  }
+  Batch next() override {
+    ++given;
+    return {images_.data(), labels.data(), augmentations_.data(),
+            static_cast<int64_t>(labels.size())};
+  }
+  std::span<const uint8_t> images() const { return images_.span(); }
+  std::vector<int32_t> labels;
+  int given = 0;
+
+ private:
+  cuda::PinnedArray<uint8_t> images_;
+  std::vector<Augmentation> augmentations_;
+};
+
+// Two batches in turn in memory that is overwritten as soon as the seam allows it.
+class ReusedMemory : public BatchSource {
+ public:
+  ReusedMemory(int64_t count, int64_t size, int32_t classes) : count_(count), size_(size) {
+    for (int i = 0; i < 2; ++i) images_.emplace_back(static_cast<size_t>(count * size * size * 3));
+    for (int32_t i = 0; i < count; ++i) labels_.push_back(i % classes);
+    augmentations_.resize(static_cast<size_t>(count));
+  }
+  Batch next() override {
+    cuda::PinnedArray<uint8_t>& images = images_[static_cast<size_t>(given_ % 2)];
+    const std::vector<uint8_t> pixels =
+        random_images(count_, size_, static_cast<uint64_t>(100 + given_));
+    std::copy(pixels.begin(), pixels.end(), images.data());
+    ++given_;
+    return {images.data(), labels_.data(), augmentations_.data(), count_};
+  }
+
+ private:
+  int64_t count_, size_;
+  std::vector<cuda::PinnedArray<uint8_t>> images_;
+  std::vector<int32_t> labels_;
+  std::vector<Augmentation> augmentations_;
+  int given_ = 0;
+};
+
+HeadSpec head_of(int64_t classes) {
+  HeadSpec head;
+  head.classes = classes;
+  head.dim = kEmbedding;
+  head.loss.margin.scale = 16;
+  head.loss.margin.m2 = 0.3;
+  head.loss.weighting.kind = WeightingKind::hard_mining;
+  return head;
+}
+
+std::vector<float> read_tensor(const TrainingSession& session, const std::string& name) {
+  for (const TensorInfo& tensor : session.tensors()) {
+    if (tensor.name != name) continue;
+    std::vector<float> values(count_of(tensor));
+    session.read(name, values);
+    return values;
+  }
+  FAIL("no tensor " << name);
+  return {};
+}
+
+std::map<std::string, std::vector<float>> all_tensors(const TrainingSession& session) {
+  std::map<std::string, std::vector<float>> values;
+  for (const TensorInfo& tensor : session.tensors())
+    values[tensor.name] = read_tensor(session, tensor.name);
+  return values;
+}
+
+const std::atomic<bool> kGoOn{false};
+
+}  // namespace
+
+TEST_CASE("CUDA: embeddings, gradients, statistics and SGD equal the double reference") {
+  for (const Tolerance& tolerance : kTolerances) {
+    CAPTURE(static_cast<int>(tolerance.precision));
+    Gpu gpu;
+    const cuda::DeviceScope scope(0);
+    const cuda::Stream stream;
+    const int64_t batch = 5;
+    const std::vector<Node> nodes = small();
+    const auto network =
+        cuda::make_training_network(nodes, batch, tolerance.precision, true, gpu.libraries, stream);
+    uint8_t* pixels = nullptr;
+    Augmentation* augmentations = nullptr;
+    float* grad = nullptr;
+    cuda::StepParameters* parameters = nullptr;
+    const auto layout = [&](cuda::Arena arena) {
+      network->layout_state(arena);
+      network->layout_batch(arena);
+      pixels = arena.take<uint8_t>(batch * kSize * kSize * 3);
+      augmentations = arena.take<Augmentation>(batch);
+      grad = arena.take<float>(batch * kEmbedding);
+      parameters = arena.take<cuda::StepParameters>(1);
+      return arena.bytes();
+    };
+    const cuda::DeviceBlock memory = cuda::allocate_device(layout(cuda::Arena()), "a test");
+    cuda::check(cudaMemsetAsync(memory.data(), 0, memory.bytes(), stream.get()), "memset");
+    stream.synchronize();
+    layout(cuda::Arena(memory));
+    network->prepare();
+    network->initialise(5);
+
+    Reference reference(nodes, batch);
+    uint64_t random = 0;
+    for (const TensorInfo& tensor : network->tensors()) {
+      std::vector<float> values(count_of(tensor));
+      ++random;
+      if (tensor.role == TensorRole::momentum) {
+        values = random_floats(values.size(), random, 0, 0.1);
+      } else if (tensor.name.ends_with("running_var")) {
+        for (float& value : values) value = 1.25F;
+      } else if (tensor.shape.size() == 1) {
+        values =
+            random_floats(values.size(), random, tensor.name.ends_with(".weight") ? 1 : 0, 0.3);
+      } else {
+        network->read(tensor.name, values);
+      }
+      network->write(tensor.name, values);
+      reference.parameters[tensor.name] = Values(values.begin(), values.end());
+    }
+
+    const auto to_device = [&](auto* to, const auto& values) {
+      cuda::check(cudaMemcpyAsync(to, values.data(), values.size() * sizeof(values[0]),
+                                  cudaMemcpyHostToDevice, stream.get()),
+                  "copy");
+    };
+    const std::vector<uint8_t> images = random_images(batch, kSize, 1);
+    std::vector<Augmentation> how(static_cast<size_t>(batch));
+    for (size_t i = 0; i < how.size(); ++i) {
+      how[i].mirror = i % 2;
+      how[i].dx = static_cast<int8_t>(static_cast<int>(i) % 5 - 2);
+      how[i].dy = static_cast<int8_t>(2 - static_cast<int>(i) % 4);
+    }
+    // As small as a head's, so that the first loss scale of fp16 fits.
+    const std::vector<float> grad_embeddings =
+        random_floats(static_cast<size_t>(batch * kEmbedding), 99, 0, 1e-3);
+    const std::vector<cuda::StepParameters> settings = {{0.05F, 0.8F, 0.1F, 0, 1, 0}};
+    to_device(pixels, images);
+    to_device(augmentations, how);
+    to_device(grad, grad_embeddings);
+    to_device(parameters, settings);
+    const float* embeddings = network->forward(pixels, augmentations);
+    std::vector<float> ours(grad_embeddings.size());
+    cuda::check(cudaMemcpyAsync(ours.data(), embeddings, ours.size() * sizeof(float),
+                                cudaMemcpyDeviceToHost, stream.get()),
+                "copy");
+    stream.synchronize();
+    CHECK(relative_error(ours, reference.forward(images, how, true)) < tolerance.forward);
+
+    network->backward(grad);
+    std::map<std::string, std::vector<float>> gradients;
+    reference.backward(Values(grad_embeddings.begin(), grad_embeddings.end()));
+    for (const auto& [name, gradient] : reference.gradients) {
+      gradients[name].resize(gradient.size());
+      network->read_gradient(name, gradients[name]);
+      // The batch-norm over the embedding removes every shift: fc.bias has no gradient but
+      // rounding.
+      if (name == "fc.bias") continue;
+      INFO(name);
+      CHECK(relative_error(gradients[name], gradient) < tolerance.gradient);
+    }
+    network->update(parameters);
+    size_t compared = 0;
+    for (const TensorInfo& tensor : network->tensors()) {
+      INFO(tensor.name);
+      std::vector<float> values(count_of(tensor));
+      network->read(tensor.name, values);
+      if (tensor.role == TensorRole::statistic) {
+        CHECK(relative_error(values, reference.parameters.at(tensor.name)) < tolerance.forward);
+      }
+      if (tensor.role != TensorRole::parameter) continue;
+      ++compared;
+      // SGD itself is fp32 in every precision: compared with the formula at its own gradient.
+      const bool decays = tensor.shape.size() > 1;
+      Values w = reference.parameters.at(tensor.name);
+      const Values& v = reference.parameters.at("momentum/" + tensor.name);
+      for (size_t i = 0; i < w.size(); ++i) {
+        w[i] -= 0.05 * (0.8 * v[i] + static_cast<double>(gradients[tensor.name][i]) +
+                        (decays ? 0.1 * w[i] : 0.0));
+      }
+      CHECK(relative_error(values, w) < 1e-6);
+    }
+    CHECK(compared == reference.gradients.size());
+    CHECK(network->loss_scale().non_finite == 0);
+    CHECK(network->first_non_finite().empty());
+  }
+}
+
+TEST_CASE("CUDA: a session learns ten images, with the same bits twice, and embeds") {
+  const std::vector<StepSettings> settings(12, StepSettings{.lr = 0.02F});
+  std::vector<StepStats> stats(settings.size());
+  for (const Precision precision : {Precision::fp32, Precision::fp16}) {
+    std::map<std::string, std::vector<float>> first;
+    for (uint64_t run = 0; run < 2; ++run) {
+      // Another order of streams and blocks is another device's timing: it may change nothing.
+      Gpu gpu(run + 1);
+      FixedBatch batch(10, kSize, 10);
+      const auto session =
+          cuda::make_cuda_session(small(), head_of(10), 10, 1, in(precision), gpu.libraries);
+      CHECK(session->train(batch, settings, stats, kGoOn) == 12);
+      CHECK(stats.front().rows == 10);
+      CHECK(stats.back().correct == 10);
+      CHECK(stats.back().base_loss < stats.front().base_loss);
+      const auto tensors = all_tensors(*session);
+      if (run == 0) first = tensors;
+      for (const auto& [name, values] : tensors) {
+        INFO(name);
+        CHECK(std::memcmp(first[name].data(), values.data(), values.size() * 4) == 0);
+      }
+      // The embedder with the session's weights is the same folded network; a batch more and three.
+      const auto embedder = cuda::make_cuda_embedder(small(), 4, in(precision), gpu.libraries);
+      for (const TensorInfo& tensor : embedder->tensors())
+        embedder->write(tensor.name, tensors.at(tensor.name));
+      std::vector<float> ours(7 * kEmbedding), theirs(7 * kEmbedding);
+      const auto images = batch.images().first(7 * kSize * kSize * 3);
+      session->embed(images, true, ours);
+      embedder->embed(images, true, theirs);
+      CHECK(ours == theirs);
+      if (run > 0) continue;
+      Reference reference(small(), 7);
+      for (const auto& [name, values] : tensors)
+        reference.parameters[name] = Values(values.begin(), values.end());
+      std::vector<Augmentation> mirrored(7);
+      for (Augmentation& augmentation : mirrored) augmentation.mirror = 1;
+      const double allowed = precision == Precision::fp32 ? 1e-5 : 4e-3;
+      CHECK(relative_error(ours, reference.forward({images.begin(), images.end()}, mirrored,
+                                                   false)) < allowed);
+      session->train(batch, {settings.data(), 1}, stats, kGoOn);
+      session->embed(images, true, theirs);
+      CHECK(ours != theirs);
+    }
+  }
+}
+
+TEST_CASE("CUDA: batches are read before their memory is given away") {
+  const std::vector<StepSettings> settings(7);
+  std::vector<float> expected;
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    Gpu gpu(seed);
+    ReusedMemory batches(4, kSize, 3);
+    const auto session =
+        cuda::make_cuda_session(small(), head_of(3), 4, 1, in(Precision::fp32), gpu.libraries);
+    std::vector<StepStats> stats(settings.size());
+    if (seed == 1) {
+      // One step a call leaves no two batches under way.
+      for (size_t i = 0; i < settings.size(); ++i)
+        session->train(batches, {settings.data(), 1}, {&stats[i], 1}, kGoOn);
+      expected = read_tensor(*session, "conv1.weight");
+    } else {
+      session->train(batches, settings, stats, kGoOn);
+      CHECK(read_tensor(*session, "conv1.weight") == expected);
+    }
+  }
+}
+
+TEST_CASE("CUDA: a session's state moves to another one, which goes on with the same bits") {
+  Gpu gpu;
+  HeadSpec head = head_of(7);
+  head.loss.base = BaseKind::softmax;  // has head.bias
+  FixedBatch batch(4, kSize, 7);
+  const std::vector<StepSettings> settings(2);
+  std::vector<StepStats> stats(2);
+  const auto one = cuda::make_cuda_session(small(), head, 4, 1, in(Precision::fp32), gpu.libraries);
+  one->train(batch, settings, stats, kGoOn);
+  const auto two = cuda::make_cuda_session(small(), head, 4, 2, in(Precision::fp32), gpu.libraries);
+  for (const auto& [name, values] : all_tensors(*one)) two->write(name, values);
+  one->train(batch, settings, stats, kGoOn);
+  two->train(batch, settings, stats, kGoOn);
+  const auto expected = all_tensors(*one);
+  CHECK(expected.contains("momentum/head.bias"));
+  for (const auto& [name, values] : all_tensors(*two)) {
+    INFO(name);
+    CHECK(values == expected.at(name));
+  }
+}
+
+TEST_CASE("CUDA: what goes wrong in a session is said, and it stays usable where it can") {
+  Gpu gpu;
+  const auto session =
+      cuda::make_cuda_session(small(), head_of(3), 4, 1, in(Precision::fp32), gpu.libraries);
+  std::vector<StepSettings> settings(1);
+  std::vector<StepStats> stats(1);
+
+  FixedBatch wrong_size(5, kSize, 3);
+  CHECK(error_of([&] { session->train(wrong_size, settings, stats, kGoOn); }, codes::kInput) ==
+        "A batch has 5 images, but this session was made for 4.");
+  FixedBatch wrong_label(4, kSize, 3);
+  wrong_label.labels[2] = 3;
+  CHECK(error_of([&] { session->train(wrong_label, settings, stats, kGoOn); }, codes::kInput)
+            .find("label of row 2 is 3") != std::string::npos);
+  FixedBatch batch(4, kSize, 3);
+  const std::atomic<bool> cancelled{true};
+  CHECK(session->train(batch, settings, stats, cancelled) == 0);
+  CHECK(batch.given == 0);
+  CHECK(session->train(batch, settings, stats, kGoOn) == 1);
+
+  std::vector<float> weights = read_tensor(*session, "a.conv1.weight");
+  weights[5] = std::numeric_limits<float>::quiet_NaN();
+  session->write("a.conv1.weight", weights);
+  CHECK(error_of([&] { session->train(batch, settings, stats, kGoOn); }, codes::kNonFinite)
+            .find("is a.conv1.weight") != std::string::npos);
+  weights[5] = 0;
+  session->write("a.conv1.weight", weights);
+  CHECK(session->train(batch, settings, stats, kGoOn) == 1);
+  CHECK(read_tensor(*session, "a.conv1.weight") != weights);
+}
+
+TEST_CASE("CUDA: a batch too large is refused with one that fits, which then trains") {
+  Gpu gpu(1, size_t{32} << 20);
+  const auto make = [&](int64_t batch) {
+    return cuda::make_cuda_session(small(), head_of(3), batch, 1, in(Precision::fp32),
+                                   gpu.libraries);
+  };
+  const std::string message = error_of([&] { make(4000); }, codes::kOutOfMemory);
+  const std::string before = "The largest batch that fits is about ";
+  const size_t at = message.find(before);
+  REQUIRE_MESSAGE(at != std::string::npos, message);
+  const int64_t fits = std::stoll(message.substr(at + before.size()));
+  CHECK(fits >= 2);
+  CHECK(fits < 4000);
+  const auto session = make(4);
+  FixedBatch batch(4, kSize, 3);
+  std::vector<StepStats> stats(1);
+  CHECK(session->train(batch, std::vector<StepSettings>(1), stats, kGoOn) == 1);
+}
