@@ -1,0 +1,278 @@
+// Shows that the emulator's tests notice bugs: plants them one at a time in a copy of the CUDA sources,
+// compiles what sees them and runs the tests. Prints a table; exits 1 when a bug goes unnoticed or
+// its line is no longer there. Needs g++ and doctest, no CUDA. `node scripts/mutate-kernels.mjs
+// [REGEXP]` plants only the bugs whose description it matches.
+
+import { spawn } from 'node:child_process';
+import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
+import { availableParallelism, tmpdir } from 'node:os';
+import { basename, dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+const ROOT = fileURLToPath(new URL('..', import.meta.url));
+
+// `mutated` is compiled for each bug, `fixed` once. The fixed ones use nothing of a planted line.
+const UNITS = {
+  head: {
+    mutated: 'cuda/head.cu',
+    fixed: [
+      'test/native/main.cpp',
+      'test/simt/head_test.cpp',
+      'test/simt/fake_libraries.cpp',
+      'cuda/runtime.cpp',
+      'cuda/libraries.cpp',
+      'cuda/products.cpp',
+    ],
+  },
+  network: {
+    mutated: 'test/simt/network_kernels_test.cpp',
+    fixed: ['test/native/main.cpp', 'cuda/runtime.cpp'],
+  },
+};
+
+const HEAD = 'cuda/kernels/head.cuh';
+const UNFUSED = 'cuda/kernels/head_unfused.cuh';
+const PIPELINE = 'cuda/head_pipeline.h';
+const BUGS = [
+  {
+    bug: "the sign of the weight norm's backward",
+    file: HEAD,
+    from: 'g[i] = (g[i] - along * w[i] * inverse) * inverse;',
+    to: 'g[i] = (g[i] + along * w[i] * inverse) * inverse;',
+  },
+  {
+    bug: 'the last class of a chunk left out of the softmax',
+    file: HEAD,
+    from: 'const bool counts = j + e < width && j + e != target;',
+    to: 'const bool counts = j + e < width - 1 && j + e != target;',
+  },
+  {
+    bug: 'the last class of a chunk left out of the gradient',
+    file: HEAD,
+    from: 'if (j < chunk.width && j != target) {',
+    to: 'if (j < chunk.width - 1 && j != target) {',
+  },
+  {
+    bug: 'no margin at the target',
+    file: HEAD,
+    from: 'target.logit = static_cast<double>(target.scale) * psi.value;',
+    to: 'target.logit = static_cast<double>(target.scale) * dot;',
+  },
+  {
+    bug: 'no warm-up of the margin',
+    file: HEAD,
+    from: 'law = warmed_up(law, a.settings->margin_factor);',
+    to: '',
+  },
+  {
+    bug: "the gate's derivative lost: HM(L) / L instead of dHM/dL",
+    file: HEAD,
+    from: 'const float factor = weighted.gradient_weight / static_cast<float>(a.rows);',
+    to: 'const float factor = weighted.weighted / loss / static_cast<float>(a.rows);',
+  },
+  {
+    bug: "another row's softmax sum in the gradient",
+    file: HEAD,
+    from: 'const float scale = targets[row].scale, log_sum = gradients[row].log_sum;',
+    to: 'const float scale = targets[row].scale, log_sum = gradients[0].log_sum;',
+  },
+  {
+    bug: 'no weight decay of the class weights',
+    file: HEAD,
+    from: 'momentum * v_pack.at[e] + (g[i + e] + weight_decay * w[i + e]);',
+    to: 'momentum * v_pack.at[e] + g[i + e];',
+  },
+  {
+    bug: 'weight decay of the bias whatever decayAll says',
+    file: HEAD,
+    from: '(s.decay_all != 0 ? s.weight_decay * bias[c] : 0.0F)',
+    to: '(s.weight_decay * bias[c])',
+  },
+  {
+    bug: 'the operands of the next step normalised by the old norm',
+    file: HEAD,
+    from: 'from_float<T>(w[i + e] * new_inverse);',
+    to: 'from_float<T>(w[i + e] * inverse);',
+  },
+  {
+    bug: "rows of an earlier step's labels chained to a class",
+    file: HEAD,
+    from: 'return row != kNoRow && row < rows && labels[row] == c ? row : kNoRow;',
+    to: 'return row != kNoRow && row < rows ? row : kNoRow;',
+  },
+  {
+    bug: "the target's share lost from A-Softmax's radial gradient",
+    file: HEAD,
+    from: 'norm_scale ? gradient.factor * (others + gradient.target * target.margin) : 0.0F;',
+    to: 'norm_scale ? gradient.factor * others : 0.0F;',
+  },
+  {
+    bug: 'every step in the first slot of the ring',
+    file: HEAD,
+    from: 'a.ring.records[*a.ring.steps % static_cast<unsigned>(a.ring.size)] = {',
+    to: 'a.ring.records[0] = {',
+  },
+  {
+    bug: 'a NaN that reaches the weights',
+    file: HEAD,
+    from: '} else if (a.settings != nullptr && *a.non_finite == 0) {',
+    to: '} else if (a.settings != nullptr) {',
+  },
+  {
+    bug: 'pairs of the same identity in the mean cosine',
+    file: HEAD,
+    from: 'same += own * own;',
+    to: 'same += 0 * own;',
+  },
+  {
+    bug: "a chunk's gradient overwritten before SGD has read it",
+    file: PIPELINE,
+    from: 'if (step >= 2) main.wait(side.done[step % 2]);  // `weight_products` is free again',
+    to: '',
+  },
+  {
+    bug: 'SGD of a chunk that does not wait for its gradient',
+    file: PIPELINE,
+    from: 'side.fork(main);\n    update(chunk, weight_products, side.stream);',
+    to: 'update(chunk, weight_products, side.stream);',
+  },
+  {
+    bug: "unfused: no margin's derivative",
+    file: UNFUSED,
+    from: 'return j == label ? gradient * derivative : gradient;',
+    to: 'return gradient;',
+  },
+  {
+    bug: 'unfused: the bias never decays',
+    file: UNFUSED,
+    from: 'is_bias && s.decay_all == 0 ? 0.0F : s.weight_decay;',
+    to: 'is_bias ? 0.0F : s.weight_decay;',
+  },
+  {
+    bug: 'batch-norm: the biased variance in the running one',
+    unit: 'network',
+    file: 'cuda/kernels/batch_norm.cuh',
+    from: '(squares / (count - 1.0F) - running_variance.at[i]);',
+    to: '(squares / count - running_variance.at[i]);',
+  },
+  {
+    bug: 'batch-norm: the mean of the gradient not taken away',
+    unit: 'network',
+    file: 'cuda/kernels/batch_norm.cuh',
+    from: 'constant.at[i] = -scale.at[i] * sums[0].at[i] * share;',
+    to: 'constant.at[i] = 0;',
+  },
+  {
+    bug: 'max-pool: the last of equals instead of the first',
+    unit: 'network',
+    file: 'cuda/kernels/pooling.cuh',
+    from: 'if (!any || value > best.at[k] || value != value) {',
+    to: 'if (!any || value >= best.at[k] || value != value) {',
+  },
+  {
+    bug: 'SGD: the loss scale not divided out',
+    unit: 'network',
+    file: 'cuda/kernels/sgd.cuh',
+    from: '(g[l].at[i] * inverse + decay * w[l].at[i]);',
+    to: '(g[l].at[i] + decay * w[l].at[i]);',
+  },
+  {
+    bug: 'input: a mirror image one pixel off',
+    unit: 'network',
+    file: 'cuda/kernels/input.cuh',
+    from: 'from_column = size - 1 - from_column;',
+    to: 'from_column = size - from_column;',
+  },
+];
+
+const TEST_SECONDS = 300; // many times what a suite takes; a bug may make a kernel wait for ever
+
+/** Runs a program; resolves with its exit status (null: ended by a signal) and all it printed. */
+function run(program, args, seconds = 600) {
+  return new Promise((resolve, reject) => {
+    const child = spawn(program, args, { cwd: ROOT, timeout: seconds * 1000 });
+    let output = '';
+    child.stdout.on('data', (data) => (output += data));
+    child.stderr.on('data', (data) => (output += data));
+    child.on('error', reject);
+    child.on('close', (status, signal) => resolve({ status, signal, output }));
+  });
+}
+
+// `first` is searched before the tree, so that a file in it takes the place of the tree's.
+async function compile(source, object, first) {
+  const args = ['-std=c++20', '-O1', '-Wno-unknown-pragmas', '-isystem', 'test/simt/include'];
+  if (first !== undefined) args.push('-I', first);
+  args.push('-I', '.', '-x', 'c++', '-c', source, '-o', object);
+  const { status, output } = await run(process.env.CXX ?? 'g++', args);
+  if (status !== 0) throw new Error(`${source} does not compile:\n${output}`);
+}
+
+async function link(objects, program) {
+  const { status, output } = await run(process.env.CXX ?? 'g++', [
+    ...objects,
+    ...['-o', program, '-lpthread', '-ldl'],
+  ]);
+  if (status !== 0) throw new Error(`${program} does not link:\n${output}`);
+}
+
+/** Does `work` on every item, as many at once as there are processors. */
+async function each(items, work) {
+  const left = [...items];
+  const worker = async () => {
+    for (let item = left.shift(); item !== undefined; item = left.shift()) await work(item);
+  };
+  await Promise.all(Array.from({ length: availableParallelism() }, worker));
+}
+
+async function test(program) {
+  const { status, signal, output } = await run(program, ['--abort-after=1'], TEST_SECONDS);
+  if (status === 0) return undefined;
+  const name = /TEST CASE: +(.*)/.exec(output)?.[1];
+  return { by: name ?? `its end by ${signal ?? `status ${status}`}`, output };
+}
+
+const wanted = new RegExp(process.argv[2] ?? '');
+const bugs = BUGS.filter(({ bug }) => wanted.test(bug)).map((b) => ({ unit: 'head', ...b }));
+const folder = mkdtempSync(join(tmpdir(), 'hardmine-mutants-'));
+const objectOf = (source) => join(folder, `${basename(source)}.o`);
+try {
+  const units = Object.keys(UNITS).filter((name) => bugs.some(({ unit }) => unit === name));
+  const sources = units.flatMap((name) => [UNITS[name].mutated, ...UNITS[name].fixed]);
+  await each(new Set(sources), (source) => compile(source, objectOf(source)));
+  await each(units, async (name) => {
+    const program = join(folder, name);
+    await link([UNITS[name].mutated, ...UNITS[name].fixed].map(objectOf), program);
+    const failure = await test(program);
+    if (failure) throw new Error(`The tests fail without any planted bug:\n${failure.output}`);
+  });
+
+  const missed = [];
+  console.log(`${'planted bug'.padEnd(60)} caught by`);
+  await each(bugs.entries(), async ([index, { bug, unit, file, from, to }]) => {
+    let verdict;
+    const text = readFileSync(join(ROOT, file), 'utf8');
+    if (text.split(from).length !== 2) {
+      verdict = `NOT PLANTED: its line is ${text.includes(from) ? 'twice' : 'no longer'} in ${file}`;
+    } else {
+      const copy = join(folder, String(index));
+      mkdirSync(join(copy, dirname(file)), { recursive: true });
+      writeFileSync(
+        join(copy, file),
+        text.replace(from, () => to),
+      );
+      const object = join(copy, 'mutated.o');
+      const program = join(copy, 'test');
+      await compile(UNITS[unit].mutated, object, copy);
+      await link([object, ...UNITS[unit].fixed.map(objectOf)], program);
+      verdict = (await test(program))?.by ?? 'NOTHING';
+      rmSync(copy, { recursive: true });
+    }
+    if (/^NO/.test(verdict)) missed.push(bug);
+    console.log(`${bug.padEnd(60)} ${verdict}`);
+  });
+  console.log(`${bugs.length - missed.length} of ${bugs.length} planted bugs were caught.`);
+  if (missed.length > 0 || bugs.length === 0) process.exitCode = 1;
+} finally {
+  rmSync(folder, { recursive: true });
+}
