@@ -8,6 +8,7 @@
 #include <numeric>
 #include <string>
 
+#include "core/head_checks.h"
 #include "cpu/head_base.h"
 #include "cpu/threads.h"
 
@@ -19,57 +20,8 @@ namespace {
 
 constexpr double kNormFloor = 1e-12;  // torch.nn.functional.normalize's eps
 
-void require_finite(const char* name, double value) {
-  if (!std::isfinite(value)) {
-    throw Error(codes::kConfig, std::string("The loss's ") + name + " is " + std::to_string(value) +
-                                    "; it must be a finite number.");
-  }
-}
-
-void require_positive(const char* name, double value) {
-  require_finite(name, value);
-  if (value <= 0) {
-    throw Error(codes::kConfig, std::string("The loss's ") + name + " is " + std::to_string(value) +
-                                    "; it must be above 0.");
-  }
-}
-
-void require_law(const MarginLaw& law) {
-  require_positive("m1", law.m1);
-  require_finite("m2", law.m2);
-  require_finite("m3", law.m3);
-  if (!law.norm_scale) require_positive("scale", law.scale);
-  require_finite("lambda", law.lambda);
-  if (law.lambda < 0) {
-    throw Error(codes::kConfig, "The loss's lambda is " + std::to_string(law.lambda) +
-                                    "; it must be 0 (the margin alone) or more.");
-  }
-  if (law.norm_scale && !law.mirror && law.m1 != 1) {
-    throw Error(
-        codes::kConfig,
-        "A-Softmax needs beyondPi 'mirror': the plain formula 'none' is not monotone for m > 1 "
-        "and would reward wrong angles.");
-  }
-}
-
 HeadSpec checked(const HeadSpec& spec) {
-  if (spec.classes < 1 || spec.classes > std::numeric_limits<int32_t>::max()) {
-    throw Error(codes::kConfig, "A margin head needs 1 to 2147483647 classes, not " +
-                                    std::to_string(spec.classes) + ".");
-  }
-  if (spec.dim < 1 || spec.dim > std::numeric_limits<int32_t>::max()) {
-    throw Error(codes::kConfig,
-                "A margin head needs an embedding of 1 to 2147483647 numbers, not " +
-                    std::to_string(spec.dim) + ".");
-  }
-  if (spec.loss.base == BaseKind::margin) require_law(spec.loss.margin);
-  const Weighting& weighting = spec.loss.weighting;
-  if (weighting.kind == WeightingKind::hard_mining) {
-    require_positive("alpha", weighting.alpha);
-    require_positive("beta", weighting.beta);
-    require_positive("A", weighting.A);
-    require_finite("B", weighting.B);
-  }
+  require_head_spec(spec, std::numeric_limits<int32_t>::max());
   return spec;
 }
 
@@ -92,20 +44,6 @@ int checked_threads(const Execution& execution) {
                                     "; it must be 0 (all physical cores) to 4096.");
   }
   return execution.threads == 0 ? physical_cores() : execution.threads;
-}
-
-void require_size(const char* what, size_t found, int64_t expected) {
-  if (found != static_cast<size_t>(expected)) {
-    throw Error(codes::kInput, std::string("The ") + what + " have " + std::to_string(found) +
-                                   " numbers; " + std::to_string(expected) + " were expected.");
-  }
-}
-
-// Index of the first element that is NaN or infinite, or -1.
-int64_t first_non_finite(std::span<const float> values) {
-  const auto found =
-      std::find_if(values.begin(), values.end(), [](float v) { return !std::isfinite(v); });
-  return found == values.end() ? -1 : found - values.begin();
 }
 
 double now_ms() {
@@ -235,51 +173,11 @@ double HeadBase::class_scale_of(double sum_of_squares) const {
 
 // ---- Checks ----
 
-void HeadBase::require_input(const HeadInput& input) const {
-  const auto rows = static_cast<int64_t>(input.labels.size());
-  if (rows < 1) throw Error(codes::kInput, "The batch is empty; at least one row is needed.");
-  require_size("embeddings", input.embeddings.size(), rows * spec_.dim);
-  for (int64_t i = 0; i < rows; ++i) {
-    const int32_t label = input.labels[i];
-    if (label < 0 || label >= spec_.classes) {
-      throw Error(codes::kInput, "The label of row " + std::to_string(i) + " is " +
-                                     std::to_string(label) + "; the head has " +
-                                     std::to_string(spec_.classes) +
-                                     " classes, so labels must be from 0 to " +
-                                     std::to_string(spec_.classes - 1) + ".");
-    }
-  }
-}
-
-void HeadBase::explain_embedding(const HeadInput& input, int64_t row) const {
-  const int64_t k = first_non_finite(input.embeddings.subspan(row * spec_.dim, spec_.dim));
-  throw Error(codes::kNonFinite,
-              "The embedding of row " + std::to_string(row) +
-                  (k < 0 ? std::string(" is too large for its norm to be a finite number")
-                         : " has " + std::to_string(input.embeddings[row * spec_.dim + k]) +
-                               " at position " + std::to_string(k)) +
-                  "; finite numbers are expected: look at the images of this batch or lower the "
-                  "learning rate.");
-}
-
 void HeadBase::require_finite_classes() const {
-  const std::span<const float> scales = class_scale_.span();
-  const int64_t j = first_non_finite(scales);
-  if (j >= 0) {
-    const int64_t k = first_non_finite(weights_.span().subspan(j * spec_.dim, spec_.dim));
-    throw Error(codes::kNonFinite,
-                "The class weights of class " + std::to_string(j) +
-                    (k < 0 ? std::string(" are too large for their norm to be a finite number")
-                           : " have " + std::to_string(weights_[j * spec_.dim + k]) +
-                                 " at position " + std::to_string(k)) +
-                    "; finite numbers are expected: start from other weights or lower the learning "
-                    "rate.");
-  }
+  const int64_t j = first_non_finite(class_scale_.span());
+  if (j >= 0) throw_bad_class(j, weights_.span().subspan(j * spec_.dim, spec_.dim));
   const int64_t b = first_non_finite(bias_.span());
-  if (b >= 0) {
-    throw Error(codes::kNonFinite, "The bias of class " + std::to_string(b) + " is " +
-                                       std::to_string(bias_[b]) + "; a finite number is expected.");
-  }
+  if (b >= 0) throw_bad_bias(b, bias_[b]);
 }
 
 // ---- Rows ----
@@ -302,9 +200,7 @@ void HeadBase::prepare_rows(const Request& request) {
     double squares = 0;
     for (int64_t k = 0; k < spec_.dim; ++k) squares += double{x[k]} * x[k];
     row.norm = std::sqrt(squares);
-    // The product's operand is fp32: a norm beyond its range has no usable embedding.
-    if (!(row.norm <= double{std::numeric_limits<float>::max()}))
-      explain_embedding(request.input, i);
+    require_embedding(i, {x, static_cast<size_t>(spec_.dim)});
     if (is_softmax()) continue;
     row.inverse_norm = 1 / std::max(row.norm, kNormFloor);
     row.scale = request.law.norm_scale ? std::max(row.norm, kNormFloor) : request.law.scale;
@@ -339,12 +235,7 @@ void HeadBase::finish_row(int64_t i, const SoftmaxSum<double>& others) {
 
 void HeadBase::weigh_rows(const Request& request) {
   for (int64_t i = 0; i < request.rows(); ++i) {
-    if (!std::isfinite(losses_[i])) {
-      throw Error(codes::kNonFinite,
-                  "The loss of row " + std::to_string(i) + " is " + std::to_string(losses_[i]) +
-                      " although its embedding and the class weights are finite: a logit is beyond "
-                      "fp32's range; use smaller embeddings, weights or scale.");
-    }
+    if (!std::isfinite(losses_[i])) throw_bad_loss(i, losses_[i]);
   }
   weight_losses(losses_.span(), spec_.loss.weighting, weighted_.span(), factors_.span());
 }
@@ -397,7 +288,7 @@ void HeadBase::finish_bias(const Request& request, int64_t j, float gradient) {
 // ---- Steps ----
 
 void HeadBase::forward_backward(const HeadInput& input, HeadOutput& output) {
-  require_input(input);
+  require_head_input(input, spec_);
   const auto rows = static_cast<int64_t>(input.labels.size());
   const auto require_room = [](const char* what, std::span<float> span, int64_t expected) {
     if (!span.empty()) require_size(what, span.size(), expected);
@@ -427,7 +318,7 @@ void HeadBase::forward_backward(const HeadInput& input, HeadOutput& output) {
 
 StepStats HeadBase::step(const HeadInput& input, const StepSettings& settings,
                          std::span<float> grad_embeddings) {
-  require_input(input);
+  require_head_input(input, spec_);
   const auto rows = static_cast<int64_t>(input.labels.size());
   if (!grad_embeddings.empty()) {
     require_size("gradients of the embeddings", grad_embeddings.size(), rows * spec_.dim);

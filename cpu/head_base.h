@@ -232,10 +232,8 @@ class HeadBase : public CpuMarginHead {
  private:
   struct WholeProducts;
 
-  void require_input(const HeadInput& input) const;
   void prepare_rows(const Request& request);
   void need_momentum();
-  [[noreturn]] void explain_embedding(const HeadInput& input, int64_t row) const;
   double mean_cosine(const HeadInput& input) const;
 
   Buffer<double> sums_;  // [2, dim]: of all normalised embeddings, of one identity's
