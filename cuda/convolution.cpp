@@ -210,19 +210,19 @@ struct ConvolutionPlan::Candidate {
 };
 
 Convolutions::Convolutions(const Cudnn& library, const Stream& stream, ConvolutionChoice choice)
-    : library_(library),
+    : cudnn_(library),
       stream_(&stream),
       choice_(std::move(choice)),
       tf32_(tf32_allowed()),
       handle_(nullptr, library.destroy) {
   cudnn::Handle handle = nullptr;
-  check(library_, library_.create(&handle), "cudnnCreate");
+  check(cudnn_, cudnn_.create(&handle), "cudnnCreate");
   handle_.reset(handle);
-  check(library_, library_.set_stream(handle, stream.get()), "cudnnSetStream");
+  check(cudnn_, cudnn_.set_stream(handle, stream.get()), "cudnnSetStream");
 }
 
 Convolutions::Convolutions(const Cudnn& library, std::string device_properties)
-    : library_(library),
+    : cudnn_(library),
       choice_{.deterministic = true},
       device_properties_(std::move(device_properties)),
       tf32_(tf32_allowed()),
@@ -238,7 +238,7 @@ ConvolutionPlan& Convolutions::plan(const ConvolutionShape& shape, ConvolutionPa
 }
 
 std::string Convolutions::fingerprint() const {
-  std::string text = "cuDNN " + version_text(library_.get_version());
+  std::string text = "cuDNN " + version_text(cudnn_.get_version());
   for (const auto& [key, plan] : plans_) text += "; " + plan->describe() + ": " + plan->id();
   return text;
 }
@@ -258,7 +258,7 @@ std::string ConvolutionPlan::describe() const {
 }
 
 std::string ConvolutionPlan::cache_key() const {
-  return "cuDNN " + version_text(owner_.library_.get_version()) + "; " + owner_.choice_.device +
+  return "cuDNN " + version_text(owner_.cudnn_.get_version()) + "; " + owner_.choice_.device +
          "; " + (owner_.tf32_ ? "" : "no TF32; ") + describe();
 }
 
@@ -267,7 +267,7 @@ std::vector<ConvolutionPlan::Descriptor> ConvolutionPlan::build_graph() const {
   using cudnn::Attribute;
   using cudnn::AttributeType;
   using cudnn::DescriptorType;
-  const Cudnn& library = owner_.library_;
+  const Cudnn& library = owner_.cudnn_;
   const ConvolutionShape& s = key_.shape;
   const std::string what = describe();
 
@@ -330,7 +330,7 @@ void ConvolutionPlan::add_candidates(cudnn::HeuristicMode mode) {
   using cudnn::Attribute;
   using cudnn::AttributeType;
   using cudnn::DescriptorType;
-  const Cudnn& library = owner_.library_;
+  const Cudnn& library = owner_.cudnn_;
   const size_t enough = owner_.choice_.deterministic || !wanted_.empty() ? 1 : kCandidates;
   Descriptor heuristic(library, DescriptorType::engine_heuristic);
   heuristic.set(Attribute::heuristic_operation_graph, graph_.back());
@@ -410,7 +410,7 @@ ConvolutionPlan::ConvolutionPlan(Convolutions& owner, const Convolutions::Key& k
     : owner_(owner), key_(key) {
   if (const std::string& json = owner.device_properties_; !json.empty()) {
     device_properties_ =
-        std::make_unique<Descriptor>(owner.library_, cudnn::DescriptorType::device_properties);
+        std::make_unique<Descriptor>(owner.cudnn_, cudnn::DescriptorType::device_properties);
     device_properties_->set(cudnn::Attribute::device_properties_json,
                             cudnn::AttributeType::character, json.c_str(),
                             static_cast<int64_t>(json.size()));
@@ -428,11 +428,11 @@ ConvolutionPlan::ConvolutionPlan(Convolutions& owner, const Convolutions::Key& k
     search();
   }
   if (candidates_.empty()) {
-    throw Error(codes::kBackend,
-                "cuDNN " + version_text(owner.library_.get_version()) + " has no " +
-                    (owner.choice_.deterministic ? "deterministic " : "") + "engine for " +
-                    describe() + " within " + mebibytes(owner.choice_.workspace_limit) +
-                    " of workspace; `npm run setup:cuda` brings a newer one.");
+    throw Error(codes::kBackend, "cuDNN " + version_text(owner.cudnn_.get_version()) + " has no " +
+                                     (owner.choice_.deterministic ? "deterministic " : "") +
+                                     "engine for " + describe() + " within " +
+                                     mebibytes(owner.choice_.workspace_limit) +
+                                     " of workspace; `npm run setup:cuda` brings a newer one.");
   }
 }
 
@@ -448,7 +448,7 @@ const std::string& ConvolutionPlan::id() const {
 
 void ConvolutionPlan::run_candidate(Candidate& candidate, void* x, void* w, void* y,
                                     void* workspace) {
-  const Cudnn& library = owner_.library_;
+  const Cudnn& library = owner_.cudnn_;
   auto pack = std::find_if(candidate.packs.begin(), candidate.packs.end(), [&](const Pack& p) {
     return p.x == x && p.w == w && p.y == y && p.workspace == workspace;
   });

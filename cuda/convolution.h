@@ -67,7 +67,7 @@ class Convolutions {
     ConvolutionPass pass;
     auto operator<=>(const Key&) const = default;
   };
-  Cudnn library_;
+  Cudnn cudnn_;
   const Stream* stream_ = nullptr;
   ConvolutionChoice choice_;
   std::string device_properties_;  // empty where the GPU is here

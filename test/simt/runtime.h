@@ -169,20 +169,6 @@ inline size_t round_up(size_t value, size_t unit) {
 
 // Runs work that is no kernel; a stray access throws.
 inline void guarded(const std::function<void()>& run) {
-  struct sigaction action {
-  }, before_segv{}, before_bus{};
-  action.sa_handler = detail::on_fault;
-  action.sa_flags = SA_NODEFER;
-  sigaction(SIGSEGV, &action, &before_segv);
-  sigaction(SIGBUS, &action, &before_bus);
-  struct Restore {
-    struct sigaction &segv, &bus;
-    ~Restore() {
-      detail::armed = 0;
-      sigaction(SIGSEGV, &segv, nullptr);
-      sigaction(SIGBUS, &bus, nullptr);
-    }
-  } restore{before_segv, before_bus};
   if (!detail::without_fault(run))
     throw Fault("a copy or library call accesses memory outside every allocation");
 }

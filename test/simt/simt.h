@@ -363,33 +363,37 @@ inline void on_fault(int signal) {
   siglongjmp(fault_return, 1);
 }
 
-// False when run() touched memory that is not there. On its own so that nothing lives in a register
-// across sigsetjmp.
-[[gnu::noinline]] inline bool without_fault(const std::function<void()>& run) {
+// On its own so that nothing lives in a register across sigsetjmp.
+[[gnu::noinline]] inline bool run_armed(const std::function<void()>& run) {
   if (sigsetjmp(fault_return, 1) != 0) return false;
   armed = 1;
   run();
   return true;
 }
-}  // namespace detail
 
-// Runs kernel() for every thread of the grid. Throws Fault.
-inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel,
-                   uint64_t seed = 1) {
+// False when run() touched memory that is not there.
+inline bool without_fault(const std::function<void()>& run) {
   struct sigaction action {
   }, before_segv{}, before_bus{};
-  action.sa_handler = detail::on_fault;
+  action.sa_handler = on_fault;
   action.sa_flags = SA_NODEFER;
   sigaction(SIGSEGV, &action, &before_segv);
   sigaction(SIGBUS, &action, &before_bus);
   struct Restore {
     struct sigaction &segv, &bus;
     ~Restore() {
-      detail::armed = 0;
+      armed = 0;
       sigaction(SIGSEGV, &segv, nullptr);
       sigaction(SIGBUS, &bus, nullptr);
     }
   } restore{before_segv, before_bus};
+  return run_armed(run);
+}
+}  // namespace detail
+
+// Runs kernel() for every thread of the grid. Throws Fault.
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel,
+                   uint64_t seed = 1) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   std::vector<uint64_t> order(blocks);
   for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
