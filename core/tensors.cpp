@@ -68,7 +68,7 @@ std::string non_finite_message(const std::string& tensor) {
          tensor + ". Lower the learning rate, or go on from the last checkpoint.";
 }
 
-NetworkValues::NetworkValues(const std::vector<Node>& nodes) : tensors_(network_tensors(nodes)) {
+FoldingEmbedder::FoldingEmbedder(const std::vector<Node>& nodes) : tensors_(network_tensors(nodes)) {
   for (const TensorInfo& tensor : tensors_) {
     size_t count = 1;
     for (const int64_t side : tensor.shape) count *= static_cast<size_t>(side);
@@ -78,16 +78,25 @@ NetworkValues::NetworkValues(const std::vector<Node>& nodes) : tensors_(network_
   }
 }
 
-void NetworkValues::read(const std::string& name, std::span<float> values) const {
+void FoldingEmbedder::read(const std::string& name, std::span<float> values) const {
   const std::vector<float>& stored = values_[index_of(name, values.size())];
   std::copy(stored.begin(), stored.end(), values.begin());
 }
 
-void NetworkValues::write(const std::string& name, std::span<const float> values) {
+void FoldingEmbedder::write(const std::string& name, std::span<const float> values) {
   std::copy(values.begin(), values.end(), values_[index_of(name, values.size())].begin());
+  stale_ = true;
 }
 
-size_t NetworkValues::index_of(const std::string& name, size_t count) const {
+void FoldingEmbedder::embed(std::span<const uint8_t> images, bool mirror,
+                            std::span<float> embeddings) {
+  if (std::exchange(stale_, false)) {
+    fold([this](const std::string& name, std::span<float> values) { read(name, values); });
+  }
+  embed_folded(images, mirror, embeddings);
+}
+
+size_t FoldingEmbedder::index_of(const std::string& name, size_t count) const {
   return static_cast<size_t>(&find_tensor(tensors_, name, count) - tensors_.data());
 }
 

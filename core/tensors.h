@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "core/folding.h"
 
 namespace hardmine {
 
@@ -22,19 +23,25 @@ const TensorInfo& find_tensor(const std::vector<TensorInfo>& tensors, const std:
 // What to say when training has left the range of numbers and `tensor` is where it shows first.
 std::string non_finite_message(const std::string& tensor);
 
-// The tensors of a network for inference, on the host. Batch-norms start as torch's, with scale and
-// variance 1; everything else is 0 until it is written.
-class NetworkValues {
+// An embedder whose tensors are kept on the host; a backend takes over what they fold to when
+// something was written. Batch-norms start as torch's, with scale and variance 1; everything else is
+// 0 until it is written.
+class FoldingEmbedder : public Embedder {
  public:
-  explicit NetworkValues(const std::vector<Node>& nodes);
-  const std::vector<TensorInfo>& tensors() const { return tensors_; }
-  void read(const std::string& name, std::span<float> values) const;
-  void write(const std::string& name, std::span<const float> values);
+  explicit FoldingEmbedder(const std::vector<Node>& nodes);
+  const std::vector<TensorInfo>& tensors() const override { return tensors_; }
+  void read(const std::string& name, std::span<float> values) const override;
+  void write(const std::string& name, std::span<const float> values) override;
+  void embed(std::span<const uint8_t> images, bool mirror, std::span<float> embeddings) override;
 
  private:
+  virtual void fold(const TensorReader& read) = 0;
+  virtual void embed_folded(std::span<const uint8_t> images, bool mirror,
+                            std::span<float> embeddings) = 0;
   size_t index_of(const std::string& name, size_t count) const;
   std::vector<TensorInfo> tensors_;
   std::vector<std::vector<float>> values_;  // by tensor
+  bool stale_ = true;
 };
 
 }  // namespace hardmine

@@ -324,37 +324,21 @@ void FoldedNetwork::embed(std::span<const uint8_t> images, bool mirror,
 
 namespace {
 
-// The folded network takes the values over when something was written.
-class CpuEmbedder : public Embedder {
+class CpuEmbedder : public FoldingEmbedder {
  public:
   CpuEmbedder(const std::vector<Node>& nodes, const Execution& execution)
-      : values_(nodes),
+      : FoldingEmbedder(nodes),
         network_(nodes, execution.precision,
                  execution.threads > 0 ? execution.threads : physical_cores()) {}
 
-  const std::vector<TensorInfo>& tensors() const override { return values_.tensors(); }
-
-  void read(const std::string& name, std::span<float> values) const override {
-    values_.read(name, values);
-  }
-
-  void write(const std::string& name, std::span<const float> values) override {
-    values_.write(name, values);
-    stale_ = true;
-  }
-
-  void embed(std::span<const uint8_t> images, bool mirror, std::span<float> embeddings) override {
-    if (std::exchange(stale_, false)) {
-      network_.fold(
-          [this](const std::string& name, std::span<float> values) { values_.read(name, values); });
-    }
+ private:
+  void fold(const TensorReader& read) override { network_.fold(read); }
+  void embed_folded(std::span<const uint8_t> images, bool mirror,
+                    std::span<float> embeddings) override {
     network_.embed(images, mirror, embeddings);
   }
 
- private:
-  NetworkValues values_;
   FoldedNetwork network_;
-  bool stale_ = true;
 };
 
 }  // namespace

@@ -187,12 +187,11 @@ class FoldedNetworkOf : public FoldedNetwork {
   std::unique_ptr<Products> products_;
 };
 
-// The folded network takes the values over when something was written.
-class CudaEmbedder : public Embedder {
+class CudaEmbedder : public FoldingEmbedder {
  public:
   CudaEmbedder(const std::vector<Node>& nodes, int64_t batch, const Execution& execution,
                const Libraries& libraries)
-      : device_(execution.device), values_(nodes) {
+      : FoldingEmbedder(nodes), device_(execution.device) {
     const DeviceScope scope(device_);
     stream_.emplace();
     network_ = make_folded_network(nodes, batch, execution.precision, execution.deterministic,
@@ -205,32 +204,20 @@ class CudaEmbedder : public Embedder {
     stream_.reset();
   }
 
-  const std::vector<TensorInfo>& tensors() const override { return values_.tensors(); }
-
-  void read(const std::string& name, std::span<float> values) const override {
-    values_.read(name, values);
-  }
-
-  void write(const std::string& name, std::span<const float> values) override {
-    values_.write(name, values);
-    stale_ = true;
-  }
-
-  void embed(std::span<const uint8_t> images, bool mirror, std::span<float> embeddings) override {
+ private:
+  void fold(const TensorReader& read) override {
     const DeviceScope scope(device_);
-    if (std::exchange(stale_, false)) {
-      network_->fold(
-          [this](const std::string& name, std::span<float> values) { values_.read(name, values); });
-    }
+    network_->fold(read);
+  }
+  void embed_folded(std::span<const uint8_t> images, bool mirror,
+                    std::span<float> embeddings) override {
+    const DeviceScope scope(device_);
     network_->embed(images, mirror, embeddings);
   }
 
- private:
   int device_;
-  NetworkValues values_;
   std::optional<Stream> stream_;
   std::unique_ptr<FoldedNetwork> network_;
-  bool stale_ = true;
 };
 
 }  // namespace
