@@ -301,8 +301,8 @@ Napi::Array from_tensors(Napi::Env env, const std::vector<TensorInfo>& tensors) 
         return "parameter";
       case TensorRole::statistic:
         return "statistic";
-      case TensorRole::momentum:
-        return "momentum";
+      case TensorRole::optimizer:
+        return "optimizer";
     }
     return "";
   };

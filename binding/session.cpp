@@ -79,6 +79,7 @@ Napi::Value create_session(const Napi::CallbackInfo& info) {
                            const std::shared_ptr<Slot<Owned>>& slot) -> Napi::Value {
     const auto object =
         wrap_network(env, std::make_unique<Session>(env, std::move(worker), slot, embedding));
+    define_value(object, "engines", Napi::String::New(env, slot->object->network->engines()));
     define_method<rejecting<method<Session, &Session::train>>>(object, "train");
     define_method<throwing<method<Session, &Session::cancel>>>(object, "cancel");
     return object;

@@ -105,11 +105,12 @@ class MarginHead {
   virtual HeadTimings time_products(int64_t rows) = 0;
 };
 
-enum class TensorRole : uint8_t { parameter, statistic, momentum };
+enum class TensorRole : uint8_t { parameter, statistic, optimizer };
 
 // A named tensor of a session. Network tensors have torchvision's names, those of the batch-norm
 // over the embedding start with "embedding_bn.", the head's are "head.weight" and "head.bias";
-// momentum is "momentum/" + the parameter's name. Layout is torch's (OIHW, row-major), fp32.
+// momentum is "momentum/" + the parameter's name. "loss_scale" [2], of fp16 alone, is the scale and
+// the good steps since it last changed. Layout is torch's (OIHW, row-major), fp32.
 struct TensorInfo {
   std::string name;
   std::vector<int64_t> shape;
@@ -138,6 +139,9 @@ class TrainingSession {
   virtual const std::vector<TensorInfo>& tensors() const = 0;
   virtual void read(const std::string& name, std::span<float> values) const = 0;
   virtual void write(const std::string& name, std::span<const float> values) = 0;
+  // Which engines do the work, where device and settings do not decide it alone: with others, bits
+  // differ.
+  virtual std::string engines() const { return {}; }
 };
 
 // A network for inference alone, batch-norm folded into the convolutions.

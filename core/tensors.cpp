@@ -41,7 +41,7 @@ std::vector<TensorInfo> training_tensors(const std::vector<Node>& nodes) {
   const size_t count = tensors.size();
   for (size_t i = 0; i < count; ++i) {
     if (tensors[i].role != TensorRole::parameter) continue;
-    tensors.push_back({"momentum/" + tensors[i].name, tensors[i].shape, TensorRole::momentum});
+    tensors.push_back({"momentum/" + tensors[i].name, tensors[i].shape, TensorRole::optimizer});
   }
   return tensors;
 }
@@ -68,7 +68,8 @@ std::string non_finite_message(const std::string& tensor) {
          tensor + ". Lower the learning rate, or go on from the last checkpoint.";
 }
 
-FoldingEmbedder::FoldingEmbedder(const std::vector<Node>& nodes) : tensors_(network_tensors(nodes)) {
+FoldingEmbedder::FoldingEmbedder(const std::vector<Node>& nodes)
+    : tensors_(network_tensors(nodes)) {
   for (const TensorInfo& tensor : tensors_) {
     size_t count = 1;
     for (const int64_t side : tensor.shape) count *= static_cast<size_t>(side);

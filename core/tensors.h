@@ -24,8 +24,8 @@ const TensorInfo& find_tensor(const std::vector<TensorInfo>& tensors, const std:
 std::string non_finite_message(const std::string& tensor);
 
 // An embedder whose tensors are kept on the host; a backend takes over what they fold to when
-// something was written. Batch-norms start as torch's, with scale and variance 1; everything else is
-// 0 until it is written.
+// something was written. Batch-norms start as torch's, with scale and variance 1; everything else
+// is 0 until it is written.
 class FoldingEmbedder : public Embedder {
  public:
   explicit FoldingEmbedder(const std::vector<Node>& nodes);

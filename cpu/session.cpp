@@ -49,7 +49,7 @@ class CpuSession : public TrainingSession {
     tensors_ = network_.tensors();
     const auto add = [this](const std::string& name, std::vector<int64_t> shape) {
       tensors_.push_back({name, shape, TensorRole::parameter});
-      tensors_.push_back({"momentum/" + name, std::move(shape), TensorRole::momentum});
+      tensors_.push_back({"momentum/" + name, std::move(shape), TensorRole::optimizer});
     };
     add("head.weight", {spec.head.classes, spec.head.dim});
     if (!head_->bias().empty()) add("head.bias", {spec.head.classes});

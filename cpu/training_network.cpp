@@ -918,7 +918,7 @@ class TrainingNetwork::Impl {
     const TensorInfo& tensor = find_tensor(tensors_, name, values.size());
     if (tensor.role == TensorRole::statistic) {
       std::memcpy(values.data(), statistic(name).values.data(), values.size_bytes());
-    } else if (tensor.role == TensorRole::momentum) {
+    } else if (tensor.role == TensorRole::optimizer) {
       const Parameter& of = parameter(name.substr(kMomentumPrefix.size()));
       read_parameter(of, of.momentum, values);
     } else {
@@ -940,7 +940,7 @@ class TrainingNetwork::Impl {
     const TensorInfo& tensor = find_tensor(tensors_, name, values.size());
     if (tensor.role == TensorRole::statistic) {
       std::memcpy(statistic(name).values.data(), values.data(), values.size_bytes());
-    } else if (tensor.role == TensorRole::momentum) {
+    } else if (tensor.role == TensorRole::optimizer) {
       const Parameter& of = parameter(name.substr(kMomentumPrefix.size()));
       write_parameter(of, of.momentum, values);
     } else {

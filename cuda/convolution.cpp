@@ -237,7 +237,7 @@ ConvolutionPlan& Convolutions::plan(const ConvolutionShape& shape, ConvolutionPa
   return *plans_.emplace(key, std::move(plan)).first->second;
 }
 
-std::string Convolutions::fingerprint() const {
+std::string Convolutions::engines() const {
   std::string text = "cuDNN " + version_text(cudnn_.get_version());
   for (const auto& [key, plan] : plans_) text += "; " + plan->describe() + ": " + plan->id();
   return text;

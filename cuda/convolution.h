@@ -57,8 +57,8 @@ class Convolutions {
 
   // The plan of a shape, the same object each time; it lives as long as this.
   ConvolutionPlan& plan(const ConvolutionShape& shape, ConvolutionPass pass);
-  // What a fingerprint of the session has to hold: every plan's shape and id, in a fixed order.
-  std::string fingerprint() const;
+  // Every plan's shape and id, in a fixed order.
+  std::string engines() const;
 
  private:
   friend class ConvolutionPlan;

@@ -24,6 +24,7 @@ namespace hardmine::cuda {
 namespace {
 
 const std::string kMomentumPrefix = "momentum/";
+const std::string kLossScale = "loss_scale";
 
 // A trained tensor. Convolution weights are [out, kernel, kernel, in] here and torch's [out, in,
 // kernel, kernel] outside.
@@ -129,6 +130,7 @@ class NetworkOf : public TrainingNetwork {
                       {.deterministic = deterministic, .device = device_and_driver()}),
         cublas_lt_(libraries.cublas_lt),
         tensors_(training_tensors(nodes_)) {
+    if (scales()) tensors_.push_back({kLossScale, {2}, TensorRole::optimizer});
     plan_outputs();
     work_.resize(nodes_.size());
     for (size_t i = 0; i < nodes_.size(); ++i) plan_work(i);
@@ -136,7 +138,7 @@ class NetworkOf : public TrainingNetwork {
 
   const std::vector<Node>& nodes() const override { return nodes_; }
   const std::vector<TensorInfo>& tensors() const override { return tensors_; }
-  std::string fingerprint() const override { return convolutions_.fingerprint(); }
+  std::string engines() const override { return convolutions_.engines(); }
 
   void layout_state(Arena& arena) override {
     for (Parameter& of : parameters_) {
@@ -241,7 +243,11 @@ class NetworkOf : public TrainingNetwork {
     const TensorInfo& tensor = find_tensor(tensors_, name, values.size());
     if (tensor.role == TensorRole::statistic) {
       read_device(statistic(name).values, values, stream_);
-    } else if (tensor.role == TensorRole::momentum) {
+    } else if (name == kLossScale) {
+      const LossScale scale = loss_scale();
+      values[0] = scale.scale;
+      values[1] = static_cast<float>(scale.good_steps);
+    } else if (tensor.role == TensorRole::optimizer) {
       const Parameter& of = parameter(name.substr(kMomentumPrefix.size()));
       read_parameter(of, of.momentum, values);
     } else {
@@ -254,7 +260,9 @@ class NetworkOf : public TrainingNetwork {
     const TensorInfo& tensor = find_tensor(tensors_, name, values.size());
     if (tensor.role == TensorRole::statistic) {
       write_device(statistic(name).values, values, stream_);
-    } else if (tensor.role == TensorRole::momentum) {
+    } else if (name == kLossScale) {
+      restore_loss_scale(values[0], values[1]);
+    } else if (tensor.role == TensorRole::optimizer) {
       const Parameter& of = parameter(name.substr(kMomentumPrefix.size()));
       write_device(of.momentum, of.layout.to_stored(values), stream_);
     } else {
@@ -633,6 +641,23 @@ class NetworkOf : public TrainingNetwork {
   // ---- Lookups and copies ----
 
   bool scales() const { return precision_ == Precision::fp16; }
+
+  void restore_loss_scale(float scale, float good_steps) {
+    int exponent = 0;
+    if (!(scale >= kLeastLossScale && scale <= kLargestLossScale) ||
+        std::frexp(scale, &exponent) != 0.5F || !(good_steps >= 0) ||
+        good_steps >= kGoodStepsToGrow || good_steps != std::floor(good_steps)) {
+      throw Error(codes::kInput, "The tensor 'loss_scale' holds " + std::to_string(scale) +
+                                     " and " + std::to_string(good_steps) +
+                                     "; expected a power of two from 1 to 2^24 and a count below " +
+                                     std::to_string(kGoodStepsToGrow) + ".");
+    }
+    LossScale state = loss_scale();
+    state.scale = scale;
+    state.inverse = 1 / scale;
+    state.good_steps = static_cast<int>(good_steps);
+    write_loss_scale(state);
+  }
   Output& input(size_t i) { return outputs_[static_cast<size_t>(nodes_[i].input)]; }
   void* input_of(size_t i) { return nodes_[i].input < 0 ? image_ : input(i).values; }
   float* values_of(int parameter) const {

@@ -57,8 +57,8 @@ class TrainingNetwork {
   // Names the first tensor that holds NaN or infinity: parameters, then activations in order; empty
   // if there is none.
   virtual std::string first_non_finite() const = 0;
-  // Which plan every convolution runs: with another one, bits differ.
-  virtual std::string fingerprint() const = 0;
+  // Which plan every convolution runs.
+  virtual std::string engines() const = 0;
 };
 
 // Any list of nodes that reads one image and ends in a vector. Throws codes::kConfig for a network

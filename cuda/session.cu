@@ -69,7 +69,7 @@ class CudaSession : public TrainingSession {
     tensors_ = r.network->tensors();
     const auto add = [this](const std::string& name, std::vector<int64_t> shape) {
       tensors_.push_back({name, shape, TensorRole::parameter});
-      tensors_.push_back({"momentum/" + name, std::move(shape), TensorRole::momentum});
+      tensors_.push_back({"momentum/" + name, std::move(shape), TensorRole::optimizer});
     };
     add("head.weight", {head.classes, head.dim});
     if (has_bias()) add("head.bias", {head.classes});
@@ -121,6 +121,8 @@ class CudaSession : public TrainingSession {
   }
 
   const std::vector<TensorInfo>& tensors() const override { return tensors_; }
+
+  std::string engines() const override { return resources_->network->engines(); }
 
   void read(const std::string& name, std::span<float> values) const override {
     const DeviceScope scope(execution_.device);

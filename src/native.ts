@@ -76,7 +76,7 @@ export interface NativeNode {
 export interface NativeTensor {
   name: string;
   shape: number[];
-  role: 'parameter' | 'statistic' | 'momentum';
+  role: 'parameter' | 'statistic' | 'optimizer';
 }
 
 export interface NativeStepSettings {
@@ -149,6 +149,8 @@ export interface NativeHead extends NativeHandle {
 
 export interface NativeSession extends NativeHandle {
   readonly tensors: NativeTensor[];
+  /** core/backend.h's engines(). */
+  readonly engines: string;
   /**
    * Trains settings.length steps; fewer when cancelled. Rejects with ERR_BUSY while another call uses
    * `batches`; disposing `batches` meanwhile is safe, its memory goes when this call ends.

@@ -270,7 +270,7 @@ export class Trainer {
         execution: addon.backend === 'cuda' ? execution : null,
       });
       dispose.push(batches);
-      const environment = environmentOf(addon.backend, device, config, threads);
+      const environment = environmentOf(addon.backend, device, config, threads, session.engines);
       if (found?.checkpoint) {
         await restore(session, found.checkpoint);
         const { state } = found.checkpoint;
@@ -522,7 +522,7 @@ export class Trainer {
     >;
     for (const { name, shape, role } of session.tensors) {
       const tensor = { dtype: 'F32', shape, data: await session.read(name) } as const;
-      files[fileOfTensor(name, role)].set(name, tensor);
+      files[fileOfTensor({ name, role })].set(name, tensor);
     }
     return files;
   }
@@ -770,6 +770,7 @@ function environmentOf(
   device: NativeDevice,
   config: Config,
   threads: number,
+  engines: string,
 ): Record<string, string> {
   return {
     backend,
@@ -777,6 +778,10 @@ function environmentOf(
     ...device.details,
     threads: String(threads),
     precision: config.precision ?? '',
+    // The list itself has a line for each convolution.
+    ...(engines !== '' && {
+      engines: createHash('sha256').update(engines).digest('hex').slice(0, 16),
+    }),
   };
 }
 

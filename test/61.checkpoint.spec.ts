@@ -181,10 +181,11 @@ describe('checkpoints', () => {
     ]);
   });
 
-  it('keep the network, the head and the momentum apart', () => {
-    assert.equal(fileOfTensor('conv1.weight', 'parameter'), 'model');
-    assert.equal(fileOfTensor('embedding_bn.running_mean', 'statistic'), 'model');
-    assert.equal(fileOfTensor('head.weight', 'parameter'), 'head');
-    assert.equal(fileOfTensor('momentum/head.weight', 'momentum'), 'optimizer');
+  it('keep the network, the head and the optimiser apart', () => {
+    assert.equal(fileOfTensor({ name: 'conv1.weight', role: 'parameter' }), 'model');
+    assert.equal(fileOfTensor({ name: 'embedding_bn.running_mean', role: 'statistic' }), 'model');
+    assert.equal(fileOfTensor({ name: 'head.weight', role: 'parameter' }), 'head');
+    assert.equal(fileOfTensor({ name: 'momentum/head.weight', role: 'optimizer' }), 'optimizer');
+    assert.equal(fileOfTensor({ name: 'loss_scale', role: 'optimizer' }), 'optimizer');
   });
 });

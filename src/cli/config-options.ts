@@ -96,9 +96,11 @@ export function addConfigOptions(
       bindings.push(addOption(command, kebab(key), [key], { ...property, type: 'number' }));
     }
   }
-  command.option('--hard-mining', 'short for --weighting hard-mining');
-  command.option('--no-hard-mining', 'short for --weighting none');
-  command.setOptionValue('hardMining', undefined);
+  if (!left_out.includes('weighting')) {
+    command.option('--hard-mining', 'short for --weighting hard-mining');
+    command.option('--no-hard-mining', 'short for --weighting none');
+    command.setOptionValue('hardMining', undefined);
+  }
 
   return (options) => {
     const config: Record<string, unknown> = {};

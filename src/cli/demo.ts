@@ -256,7 +256,7 @@ async function tryOut(
   try {
     const untrained: TensorMap = new Map();
     for (const { name, shape, role } of session.tensors) {
-      if (role === 'momentum' || name.startsWith('head.')) continue;
+      if (role === 'optimizer' || name.startsWith('head.')) continue;
       untrained.set(name, { dtype: 'F32', shape, data: await session.read(name) });
     }
     const step = {

@@ -11,6 +11,7 @@ import { exportCommand } from './export.js';
 import { inspectCommand } from './inspect.js';
 import { packCommand } from './pack.js';
 import { plotLossCommand } from './plot-loss.js';
+import { reproduceCommand } from './reproduce.js';
 import { trainCommand } from './train.js';
 import { verifyCommand } from './verify.js';
 
@@ -35,6 +36,7 @@ function makeProgram(): Command {
     embedCommand(),
     verifyCommand(),
     exportCommand(),
+    reproduceCommand(),
     plotLossCommand(),
     benchCommand(),
     demoCommand(),

@@ -15,6 +15,7 @@ import {
   type Tensor,
   type TensorMap,
 } from '../formats/safetensors.js';
+import type { NativeTensor } from '../native.js';
 
 const TENSOR_FILES = ['model', 'head', 'optimizer'] as const;
 type TensorFile = (typeof TENSOR_FILES)[number];
@@ -270,11 +271,8 @@ export async function readCheckpointTensors(path: string): Promise<Map<string, T
 }
 
 /** Which of the three files a session's tensor belongs to. */
-export function fileOfTensor(
-  name: string,
-  role: 'parameter' | 'statistic' | 'momentum',
-): TensorFile {
-  if (role === 'momentum') return 'optimizer';
+export function fileOfTensor({ name, role }: Pick<NativeTensor, 'name' | 'role'>): TensorFile {
+  if (role === 'optimizer') return 'optimizer';
   return name.startsWith('head.') ? 'head' : 'model';
 }
 

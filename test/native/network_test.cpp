@@ -36,7 +36,7 @@ struct Pair {
       const size_t count = count_of(tensor);
       std::vector<float> values(count);
       ++stream;
-      if (tensor.role == TensorRole::momentum) {
+      if (tensor.role == TensorRole::optimizer) {
         values = random_floats(count, stream, 0, 0.1);
       } else if (tensor.name.ends_with("running_var")) {
         for (size_t i = 0; i < count; ++i) {

@@ -745,8 +745,8 @@ TEST_CASE("deterministic: the first engine that repeats, never timed or taken fr
   CHECK(bench.fakes.executions == 0);
   CHECK(&bench.convolutions->plan(kShape, ConvolutionPass::forward) == &plan);
   CHECK(std::filesystem::is_empty(bench.folder.path()));
-  CHECK(contains(bench.convolutions->fingerprint(), "cuDNN 9.24.0; the forward of a convolution"));
-  CHECK(contains(bench.convolutions->fingerprint(), ": eng7_k12=3"));
+  CHECK(contains(bench.convolutions->engines(), "cuDNN 9.24.0; the forward of a convolution"));
+  CHECK(contains(bench.convolutions->engines(), ": eng7_k12=3"));
   bench.choice.workspace_limit = 1000;  // eng7 wants more; the fallback does without
   bench.restart();
   CHECK(bench.convolutions->plan(kShape, ConvolutionPass::forward).id() == "eng0");
@@ -909,7 +909,7 @@ TEST_CASE("plans are found for a GPU that is not here") {
     other.precision = Precision::fp16;
     CHECK(contains(error_of([&] { convolutions.plan(other, ConvolutionPass::forward); }),
                    "no deterministic engine for the forward of a convolution"));
-    CHECK(contains(convolutions.fingerprint(), "eng7_k12=3"));  // of those that were found
+    CHECK(contains(convolutions.engines(), "eng7_k12=3"));  // of those that were found
   }
   cuda::Convolutions convolutions(cudnn, "H100");
   CHECK(contains(error_of([&] { convolutions.plan(kShape, ConvolutionPass::forward); }),

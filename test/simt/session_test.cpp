@@ -58,8 +58,8 @@ std::string error_of(const std::function<void()>& f, const char* code) {
 
 // fp32 here is plain fp32: the fakes do not round to TF32. fp16 carries 5e-4 in every map and
 // operand of some ten layers, bf16 4e-3; of the ReLU and maximum decisions some then fall
-// otherwise, each of which replaces its share of a gradient: at most 0.31 of the norm is measured in
-// bf16, for a batch-norm over 20 values a channel. A wrong term is an error of about 1.
+// otherwise, each of which replaces its share of a gradient: at most 0.31 of the norm is measured
+// in bf16, for a batch-norm over 20 values a channel. A wrong term is an error of about 1.
 struct Tolerance {
   Precision precision;
   double forward, gradient;
@@ -181,9 +181,10 @@ TEST_CASE("CUDA: embeddings, gradients, statistics and SGD equal the double refe
     Reference reference(nodes, batch);
     uint64_t random = 0;
     for (const TensorInfo& tensor : network->tensors()) {
+      if (tensor.name == "loss_scale") continue;
       std::vector<float> values(count_of(tensor));
       ++random;
-      if (tensor.role == TensorRole::momentum) {
+      if (tensor.role == TensorRole::optimizer) {
         values = random_floats(values.size(), random, 0, 0.1);
       } else if (tensor.name.ends_with("running_var")) {
         for (float& value : values) value = 1.25F;
@@ -350,6 +351,39 @@ TEST_CASE("CUDA: a session's state moves to another one, which goes on with the 
     INFO(name);
     CHECK(values == expected.at(name));
   }
+}
+
+TEST_CASE("CUDA: the loss scale of fp16 moves with the session's state") {
+  Gpu gpu;
+  FixedBatch batch(4, kSize, 7);
+  const std::vector<StepSettings> settings(3);
+  std::vector<StepStats> stats(3);
+  const auto session = [&](Precision precision) {
+    return cuda::make_cuda_session(small(), head_of(7), 4, 1, in(precision), gpu.libraries);
+  };
+  const auto one = session(Precision::fp16);
+  CHECK(read_tensor(*one, "loss_scale") == std::vector<float>{65536, 0});
+  one->write("loss_scale", std::vector<float>{1024, 1998});
+  one->train(batch, settings, stats, kGoOn);
+  // Two good steps make the scale grow, the third counts anew.
+  CHECK(read_tensor(*one, "loss_scale") == std::vector<float>{2048, 1});
+  for (const std::vector<float>& wrong : {std::vector<float>{1000, 0},
+                                          {0.5F, 0},
+                                          {33554432, 0},
+                                          {1024, -1},
+                                          {1024, 2000},
+                                          {1024, 0.5F}}) {
+    CHECK(error_of([&] { one->write("loss_scale", wrong); }, codes::kInput).find("loss_scale") !=
+          std::string::npos);
+  }
+  CHECK(!all_tensors(*session(Precision::bf16)).contains("loss_scale"));
+}
+
+TEST_CASE("CUDA: a session says which plans its convolutions run") {
+  Gpu gpu;
+  const auto session =
+      cuda::make_cuda_session(small(), head_of(7), 4, 1, in(Precision::fp16), gpu.libraries);
+  CHECK(session->engines().find("the weight gradient of a convolution [4, ") != std::string::npos);
 }
 
 TEST_CASE("CUDA: what goes wrong in a session is said, and it stays usable where it can") {
