@@ -16,14 +16,10 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import fc from 'fast-check';
 import sharp from 'sharp';
-import {
-  type DataProgress,
-  type Dataset,
-  inspectDataset,
-  openDataset,
-  packDataset,
-} from '../src/data/dataset.js';
+import { type DataProgress, type Dataset, openDataset } from '../src/data/dataset.js';
 import { decodeImages } from '../src/data/images.js';
+import { inspectDataset } from '../src/data/inspect.js';
+import { packDataset } from '../src/data/pack.js';
 import { splitIdentities, validationPairs } from '../src/data/split.js';
 import { crc32c, encodeRecord } from '../src/formats/recordio.js';
 import { loadAddon } from '../src/native.js';
@@ -320,7 +316,7 @@ describe('data sets', function () {
       mkdirSync(join(folder, 'empty'));
       await refused(join(folder, 'empty'), /empty holds no images/);
       writeFileSync(join(folder, 'notes.txt'), 'x');
-      await refused(join(folder, 'notes.txt'), /notes\.txt is neither a \.rec file nor a folder/);
+      await refused(join(folder, 'notes.txt'), /notes\.txt is no data set that hardmine knows/);
     });
 
     it('refuse a single identity, and an identity without images', async () => {
@@ -539,6 +535,8 @@ describe('data sets', function () {
         images: 4,
         identities: 2,
         bytes: statSync(join(folder, 'out', 'set.rec')).size,
+        duplicates: { copies: 0, acrossIdentities: 0 },
+        notes: [],
       });
       const dataset = await openSet(join(folder, 'out'));
       assert.deepEqual(dataset.names, ['anna', 'bert']);
@@ -616,6 +614,7 @@ describe('data sets', function () {
         identities: 4,
         imagesPerIdentity: median,
         bytes,
+        sizes: [{ width: 112, height: 112, images: 11 }],
       };
       assert.deepEqual(await inspectDataset(set), { ...expected, damaged: [] });
 
@@ -623,13 +622,18 @@ describe('data sets', function () {
       assert.deepEqual(await inspectDataset(recPath), {
         ...expected,
         kind: 'recordio',
+        layout: 'insightface',
         bytes: statSync(recPath).size,
         damaged: [],
       });
 
       writeFileSync(join(set, 'b', '2.jpg'), 'text');
       writeFileSync(join(set, 'd', '1.jpg'), await jpegOf(0, 64));
-      const { damaged } = await inspectDataset(set);
+      const { damaged, sizes } = await inspectDataset(set);
+      assert.deepEqual(sizes, [
+        { width: 112, height: 112, images: 9 },
+        { width: 64, height: 64, images: 1 },
+      ]);
       assert.deepEqual(
         damaged.map((image) => 'file' in image && image.file),
         ['b/2.jpg', 'd/1.jpg'],
@@ -641,11 +645,10 @@ describe('data sets', function () {
 
     it('takes a set with one identity', async () => {
       const rec = recOf('one', [{ label: 5, image: jpegs[0]! }]);
-      assert.deepEqual((await inspectDataset(rec)).imagesPerIdentity, {
-        min: 1,
-        median: 1,
-        max: 1,
-      });
+      const found = await inspectDataset(rec);
+      assert.ok(found.kind === 'recordio');
+      assert.deepEqual(found.imagesPerIdentity, { min: 1, median: 1, max: 1 });
+      assert.equal(found.layout, 'im2rec');
     });
   });
 

@@ -2,6 +2,20 @@ import { mkdir, stat } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { HardmineError } from '../errors.js';
 
+/** How far some work on a data set is. */
+export interface DataProgress {
+  phase: 'scanning' | 'packing' | 'checking';
+  /** Images, identities or bytes, as `total`. */
+  done: number;
+  total: number;
+}
+
+export interface DataOptions {
+  onProgress?: ((progress: DataProgress) => void) | undefined;
+  /** Stops the work, which then throws ERR_ABORTED and leaves no half-written set. */
+  signal?: AbortSignal | undefined;
+}
+
 /**
  * ERR_IO for what the operating system refused; an error that has its sentence already is passed on.
  * @param verb 'read' or 'written'

@@ -92,27 +92,41 @@ export async function imageInfo(bytes: Buffer, name: string): Promise<ImageInfo>
   };
 }
 
+export function wrongSize(name: string, width: number, height: number): HardmineError {
+  return new HardmineError(
+    'ERR_DATA',
+    `${name} is ${width}x${height} pixels where ${SIDE}x${SIDE} is needed: cut and align the faces first with hardmine align.`,
+  );
+}
+
 /**
  * Decodes one 112x112 image in memory to RGB [112, 112, 3].
  * @throws ERR_DATA for what is no JPEG or PNG, is damaged or has another size; `name` is its name there
  */
 export async function decodeImage(bytes: Buffer, name: string): Promise<Buffer> {
-  const info = await imageInfo(bytes, name);
-  if (info.width !== SIDE || info.height !== SIDE) {
-    throw new HardmineError(
-      'ERR_DATA',
-      `${name} is ${info.width}x${info.height} pixels where ${SIDE}x${SIDE} is needed: cut and align the faces first with hardmine align.`,
-    );
-  }
+  const { width, height } = await imageInfo(bytes, name);
+  if (width !== SIDE || height !== SIDE) throw wrongSize(name, width, height);
+  return (await decodeAny(bytes, name)).data;
+}
+
+/**
+ * Decodes one image of up to 16 megapixels in memory to RGB [height, width, 3].
+ * @throws ERR_DATA for what is no JPEG or PNG or is damaged; `name` is its name there
+ */
+export async function decodeAny(
+  bytes: Buffer,
+  name: string,
+): Promise<{ data: Buffer; width: number; height: number }> {
   try {
-    const pixels = await openImage(bytes, name)
+    const { data, info } = await openImage(bytes, name)
       .autoOrient()
       .toColourspace('srgb')
       .flatten()
       .raw({ depth: 'uchar' })
-      .toBuffer();
-    if (pixels.length !== PIXEL_BYTES) throw new Error(`${pixels.length} bytes of pixels`);
-    return pixels;
+      .toBuffer({ resolveWithObject: true });
+    const { width, height } = info;
+    if (data.length !== width * height * 3) throw new Error(`${data.length} bytes of pixels`);
+    return { data, width, height };
   } catch (error) {
     throw undecodable(name, error);
   }

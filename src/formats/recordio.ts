@@ -4,12 +4,18 @@
  * is native (core/records.h).
  */
 import type { FileHandle } from 'node:fs/promises';
-import { mkdir, open, readdir, rename, rm, rmdir } from 'node:fs/promises';
-import { hostname } from 'node:os';
+import { open, rename, rm, rmdir } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { exists, ioError, makeFolders } from '../data/files.js';
 import { HardmineError } from '../errors.js';
 import { syncFolder, writeFileAtomic } from './atomic.js';
+import {
+  BlockReader,
+  leaveBehind,
+  makeTemporary,
+  noteProgress,
+  takeOver,
+} from './record-progress.js';
 
 const MAGIC = 0xced7230a;
 const MAGIC_BYTES = Buffer.from([0x0a, 0x23, 0xd7, 0xce]);
@@ -92,6 +98,31 @@ export function encodeRecord(payload: Uint8Array): Buffer {
   return Buffer.concat(chunks);
 }
 
+/**
+ * The record of `encodeRecord` at `offset`, its parts joined.
+ * @returns undefined where there is none
+ */
+async function decodeRecord(
+  reader: BlockReader,
+  offset: number,
+): Promise<{ payload: Buffer; end: number } | undefined> {
+  const parts: Buffer[] = [];
+  for (let at = offset; ; ) {
+    const head = await reader.read(at, 8);
+    if (head === undefined || head.readUInt32LE(0) !== MAGIC) return undefined;
+    const cflag = head.readUInt32LE(4) >>> 29;
+    const length = head.readUInt32LE(4) % 2 ** 29;
+    const part = await reader.read(at + 8, length);
+    if (part === undefined || (parts.length === 0) !== (cflag === 0 || cflag === 1)) {
+      return undefined;
+    }
+    if (parts.length > 0) parts.push(MAGIC_BYTES);
+    parts.push(Buffer.from(part));
+    at += 8 + 4 * Math.ceil(length / 4);
+    if (cflag === 0 || cflag === 3) return { payload: Buffer.concat(parts), end: at };
+  }
+}
+
 /** The files of one packed set. */
 export interface PackedFiles {
   rec: string;
@@ -101,6 +132,8 @@ export interface PackedFiles {
   property: string;
   /** One identity's name a line, in class order. */
   identities: string;
+  /** Images of the same bytes, where there are any: sha256, key, identity, image. */
+  duplicates: string;
 }
 
 /** `prefix` is a path without extension: 'faces/train' stands for faces/train.rec. */
@@ -112,8 +145,20 @@ export function packedFiles(prefix: string): PackedFiles {
     crc: `${prefix}.crc`,
     property: join(folder, 'property'),
     identities: join(folder, 'identities.txt'),
+    duplicates: `${prefix}.duplicates.tsv`,
   };
 }
+
+/** What lets a pack go on where a killed one was. */
+export interface Resumable {
+  /** Fingerprint of the images, their order and their labels. */
+  source: string;
+  /** Told of each image that is packed already, in order. */
+  onFound(image: Uint8Array): void;
+}
+
+/** Lines of an index written together. */
+const INDEX_LINES = 4096;
 
 const REMEDY = 'choose a folder that can be written and has room';
 
@@ -127,6 +172,8 @@ export class RecordWriter {
   /** The topmost folder that was made for this set, to take away again; undefined: none was. */
   readonly #madeFolder: string | undefined;
   readonly #file: FileHandle;
+  /** Fingerprint of what is packed; undefined: it cannot be gone on with. */
+  readonly #source: string | undefined;
   readonly #offsets: number[] = [];
   readonly #crcs: number[] = [];
   /** Key of each identity's first image. */
@@ -134,35 +181,50 @@ export class RecordWriter {
   readonly #placed: string[] = [];
   #pending: Buffer[] = [];
   #pendingBytes = 0;
+  /** Of the records so far, those still pending included. */
   #bytes = 0;
+  /** Images that are durable and noted. */
+  #noted = 0;
 
   private constructor(
     prefix: string,
     temporary: string,
     made: string | undefined,
     file: FileHandle,
+    source: string | undefined,
   ) {
     this.#prefix = prefix;
     this.#temporary = temporary;
     this.#madeFolder = made;
     this.#file = file;
+    this.#source = source;
   }
 
   /**
    * @param prefix path without extension; missing folders are made
+   * @param resumable makes this go on where a killed process was that packed the same; `images` then
+   *   says how many are there
    * @throws ERR_IO where the folder cannot be written
    */
-  static async create(prefix: string): Promise<RecordWriter> {
+  static async create(prefix: string, resumable?: Resumable): Promise<RecordWriter> {
     const folder = dirname(resolve(prefix));
     const name = basename(prefix);
     let made: string | undefined;
     let temporary: string | undefined;
     try {
       made = await makeFolders(folder);
-      await removeAbandoned(folder, name);
+      const left = await takeOver(folder, name, resumable?.source);
+      if (left !== undefined) {
+        temporary = left.temporary;
+        const file = await open(join(temporary, `${name}.rec`), 'r+');
+        const writer = new RecordWriter(resolve(prefix), temporary, made, file, resumable!.source);
+        if (await writer.#recover(left.bytes, resumable!)) return writer;
+        await file.close();
+        await rm(temporary, { recursive: true });
+      }
       temporary = await makeTemporary(folder, name);
       const file = await open(join(temporary, `${name}.rec`), 'wx');
-      const writer = new RecordWriter(resolve(prefix), temporary, made, file);
+      const writer = new RecordWriter(resolve(prefix), temporary, made, file, resumable?.source);
       // Record 0's labels are known at the end; its length is known now.
       await writer.#record(payloadOf(0, 0, [0, 0], new Uint8Array()));
       return writer;
@@ -202,6 +264,19 @@ export class RecordWriter {
     await this.#record(payload);
   }
 
+  /** Makes what was added durable, so that a process that is killed later loses no more than the rest. */
+  async checkpoint(): Promise<void> {
+    if (this.#source === undefined) return;
+    await this.#flush();
+    try {
+      await this.#file.sync();
+      await noteProgress(this.#temporary, { source: this.#source, bytes: this.#bytes });
+    } catch (error) {
+      throw ioError(`${this.#prefix}.rec`, 'written', error, REMEDY);
+    }
+    this.#noted = this.images;
+  }
+
   /**
    * Writes what remains, makes everything durable and moves it into place.
    * @param names one for each class, in order, without line breaks
@@ -230,7 +305,7 @@ export class RecordWriter {
       const head = encodeRecord(
         payloadOf(0, 0, [images + 1, images + 1 + identities], new Uint8Array()),
       );
-      await this.#file.write(head, 0, head.length, 0);
+      await this.#write(head, 0);
       await this.#file.sync();
       await this.#file.close();
 
@@ -240,23 +315,36 @@ export class RecordWriter {
       crc.writeUInt32LE(images, 12);
       for (const [i, value] of this.#crcs.entries()) crc.writeUInt32LE(value, 16 + 4 * i);
       await writeFileAtomic(staged.crc, [crc]);
-      await writeFileAtomic(staged.idx, [
-        this.#offsets.map((offset, key) => `${key}\t${offset}\n`).join(''),
-      ]);
+      await writeFileAtomic(staged.idx, this.#index());
       await writeFileAtomic(staged.property, [`${identities},${SIDE},${SIDE}`]);
       await writeFileAtomic(staged.identities, [names.map((name) => `${name}\n`).join('')]);
       await check?.(staged);
 
-      for (const part of ['idx', 'crc', 'property', 'identities', 'rec'] as const) {
+      for (const part of PLACED) {
+        if (part === 'duplicates' && !(await exists(staged.duplicates))) continue;
         await rename(staged[part], files[part]);
         this.#placed.push(files[part]);
       }
       await syncFolder(dirname(this.#prefix));
-      await rmdir(this.#temporary);
+      await rm(this.#temporary, { recursive: true });
     } catch (error) {
       throw ioError(files.rec, 'written', error, REMEDY);
     }
     return files;
+  }
+
+  /**
+   * Stops in good order: what was made durable is left for the next pack of the same, else nothing.
+   * @returns how many images are left
+   */
+  async suspend(): Promise<number> {
+    if (this.#noted === 0) {
+      await this.abort();
+      return 0;
+    }
+    await this.#file.close().catch(() => undefined); // closed already when finish() was stopped
+    await leaveBehind(this.#temporary, dirname(this.#prefix), basename(this.#prefix));
+    return this.#noted;
   }
 
   /** Takes away everything written; for the `catch` of whoever fills the set. */
@@ -266,6 +354,52 @@ export class RecordWriter {
       await rm(path, { recursive: true, force: true });
     }
     await removeEmpty(dirname(this.#prefix), this.#madeFolder);
+  }
+
+  /** Reads back what a killed process wrote; false where it is not what it should be. */
+  async #recover(bytes: number, { onFound }: Resumable): Promise<boolean> {
+    const reader = new BlockReader(this.#file, bytes);
+    const first = await decodeRecord(reader, 0);
+    if (first === undefined) return false;
+    this.#offsets.push(0);
+    for (let offset = first.end; offset < bytes; ) {
+      const record = await decodeRecord(reader, offset);
+      if (record === undefined || record.payload.length < HEADER_BYTES) return false;
+      const { payload, end } = record;
+      const key = this.#offsets.length;
+      const label = payload.readFloatLE(4);
+      if (payload.readUInt32LE(0) !== 0 || payload.readBigUInt64LE(8) !== BigInt(key)) return false;
+      if (label === this.#firsts.length) this.#firsts.push(key);
+      else if (label !== this.#firsts.length - 1) return false;
+      this.#offsets.push(offset);
+      this.#crcs.push(crc32c(payload));
+      onFound(payload.subarray(HEADER_BYTES));
+      offset = end;
+      this.#bytes = end;
+    }
+    if (this.#bytes !== bytes) return false;
+    await this.#file.truncate(bytes);
+    this.#noted = this.images;
+    return true;
+  }
+
+  *#index(): Generator<string> {
+    for (let start = 0; start < this.#offsets.length; start += INDEX_LINES) {
+      const offsets = this.#offsets.slice(start, start + INDEX_LINES);
+      yield offsets.map((offset, i) => `${start + i}\t${offset}\n`).join('');
+    }
+  }
+
+  async #write(bytes: Buffer, position: number): Promise<void> {
+    for (let done = 0; done < bytes.length; ) {
+      const { bytesWritten } = await this.#file.write(
+        bytes,
+        done,
+        bytes.length - done,
+        position + done,
+      );
+      done += bytesWritten;
+    }
   }
 
   async #record(payload: Uint8Array): Promise<void> {
@@ -282,7 +416,7 @@ export class RecordWriter {
     this.#pending = [];
     this.#pendingBytes = 0;
     try {
-      await this.#file.writeFile(bytes);
+      await this.#write(bytes, this.#bytes - bytes.length);
     } catch (error) {
       throw ioError(`${this.#prefix}.rec`, 'written', error, REMEDY);
     }
@@ -299,40 +433,8 @@ async function removeEmpty(folder: string, topmost: string | undefined): Promise
   }
 }
 
-/** Temporary folders carry host and process, so that those of a killed process can be told and removed. */
-const temporaryStem = (name: string): string => `.${name}.tmp-${hostname()}-`;
-
-async function makeTemporary(folder: string, name: string): Promise<string> {
-  for (let attempt = 0; ; attempt += 1) {
-    const path = join(folder, `${temporaryStem(name)}${process.pid}-${attempt}`);
-    try {
-      await mkdir(path);
-      return path;
-    } catch (error) {
-      if ((error as NodeJS.ErrnoException).code !== 'EEXIST') throw error;
-    }
-  }
-}
-
-async function removeAbandoned(folder: string, name: string): Promise<void> {
-  const stem = temporaryStem(name);
-  for (const entry of await readdir(folder)) {
-    if (!entry.startsWith(stem)) continue;
-    const pid = Number.parseInt(entry.slice(stem.length), 10);
-    if (Number.isInteger(pid) && !isRunning(pid)) {
-      await rm(join(folder, entry), { recursive: true, force: true });
-    }
-  }
-}
-
-function isRunning(pid: number): boolean {
-  try {
-    process.kill(pid, 0);
-    return true;
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code !== 'ESRCH';
-  }
-}
+/** The order in which files come into their place: the .rec last. */
+const PLACED = ['idx', 'crc', 'property', 'identities', 'duplicates', 'rec'] as const;
 
 /** Throws ERR_IO when any file of the set stands already: packing never overwrites. */
 export async function refuseExisting(prefix: string): Promise<void> {

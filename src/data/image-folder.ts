@@ -1,0 +1,125 @@
+/** Image folders: one sub-folder per identity, in it JPEG and PNG files and nothing else. */
+import { isUtf8 } from 'node:buffer';
+import { createHash } from 'node:crypto';
+import type { BigIntStats, Dirent } from 'node:fs';
+import { readdir, realpath, stat } from 'node:fs/promises';
+import { join, sep } from 'node:path';
+import { type DataOptions, ioError, throwIfAborted } from './files.js';
+import { dataError, fileSet, type ImageFile, type ImageSource } from './image-source.js';
+import { mapBounded } from './images.js';
+
+interface DatedFile extends ImageFile {
+  modifiedNs: bigint;
+}
+
+interface ImageFolder {
+  /** In byte order: position is the label. */
+  names: string[];
+  /** In byte order within each identity. */
+  files: DatedFile[];
+}
+
+/** Names of the files that are read as images. */
+export const IMAGE_NAME = /\.(jpe?g|png)$/i;
+
+export interface Entry {
+  name: string;
+  stats: BigIntStats;
+}
+
+/** What a folder holds, hidden entries left out, in byte order; links are followed within `root` alone. */
+export async function listFolder(folder: string, root: string): Promise<Entry[]> {
+  let listed: Dirent<Buffer>[];
+  try {
+    listed = await readdir(folder, { withFileTypes: true, encoding: 'buffer' });
+  } catch (error) {
+    throw ioError(folder, 'read', error, 'give a folder that exists and may be read');
+  }
+  const named: Dirent<Buffer>[] = [];
+  for (const entry of listed) {
+    // Byte 0x2e is the leading dot of hidden files (.DS_Store, .git).
+    if (entry.name[0] === 0x2e) continue;
+    // biome-ignore lint/suspicious/noControlCharactersInRegex: names go into line-based files
+    if (!isUtf8(entry.name) || /[\u0000-\u001f\u007f]/.test(entry.name.toString())) {
+      throw dataError(
+        `${folder} holds a name that is not plain UTF-8 text (bytes ${entry.name.toString('hex')}): rename it.`,
+      );
+    }
+    named.push(entry);
+  }
+  named.sort((a, b) => Buffer.compare(a.name, b.name));
+  return mapBounded(named, async (entry) => {
+    const name = entry.name.toString();
+    const path = join(folder, name);
+    try {
+      if (entry.isSymbolicLink() && !(await realpath(path)).startsWith(root + sep)) {
+        throw dataError(
+          `${path} is a symbolic link that leaves ${root}: copy the files there or remove the link.`,
+        );
+      }
+      return { name, stats: await stat(path, { bigint: true }) };
+    } catch (error) {
+      throw ioError(path, 'read', error, 'remove it or give the right to read it');
+    }
+  });
+}
+
+/** Lists an image folder: one sub-folder per identity, in it JPEG and PNG files and nothing else. */
+async function scanFolder(path: string, options: DataOptions): Promise<ImageFolder> {
+  const root = await realpath(path);
+  const entries = await listFolder(root, root);
+  const loose = entries.find((entry) => entry.stats.isFile() && IMAGE_NAME.test(entry.name));
+  if (loose !== undefined) {
+    throw dataError(
+      `${join(path, loose.name)} lies outside any identity's folder: an image folder holds one sub-folder per identity with its images.`,
+    );
+  }
+  const folders = entries.filter((entry) => entry.stats.isDirectory());
+  const files: DatedFile[] = [];
+  for (const [identity, folder] of folders.entries()) {
+    throwIfAborted(options.signal, 'reading the image folder');
+    const images = await listFolder(join(root, folder.name), root);
+    if (images.length === 0) {
+      throw dataError(`${join(path, folder.name)} holds no images: add some or delete the folder.`);
+    }
+    for (const image of images) {
+      const name = `${folder.name}/${image.name}`;
+      if (!image.stats.isFile() || !IMAGE_NAME.test(image.name)) {
+        throw dataError(
+          `${join(path, name)} is not a .jpg, .jpeg or .png file: an identity's folder holds its images and nothing else, so move it away.`,
+        );
+      }
+      files.push({
+        name,
+        identity,
+        bytes: Number(image.stats.size),
+        modifiedNs: image.stats.mtimeNs,
+      });
+    }
+    options.onProgress?.({ phase: 'scanning', done: identity + 1, total: folders.length });
+  }
+  if (files.length === 0) {
+    throw dataError(
+      `${path} holds no images: give a folder with one sub-folder per identity and JPEG or PNG images in it.`,
+    );
+  }
+  return { names: folders.map((folder) => folder.name), files };
+}
+
+/** Changes when any image is added, removed, renamed or written. */
+function fingerprint(folder: ImageFolder): string {
+  // 'pack 1': what packing does to an image; raise it when that changes.
+  const hash = createHash('sha256').update('hardmine pack 1\0');
+  for (const file of folder.files) hash.update(`${file.name}\0${file.bytes} ${file.modifiedNs}\0`);
+  return hash.digest('hex').slice(0, 32);
+}
+
+/** An image folder as packing and inspection see it; labels are the byte order of the names. */
+export async function folderSource(path: string, options: DataOptions): Promise<ImageSource> {
+  const folder = await scanFolder(path, options);
+  return {
+    ...fileSet(path, folder.files, folder.names),
+    fingerprint: fingerprint(folder),
+    notes: [],
+  };
+}

@@ -1,0 +1,140 @@
+/** Packed training sets (.rec, .idx), opened by the native reader, through which all training data go. */
+import { createHash } from 'node:crypto';
+import { open, readFile, stat } from 'node:fs/promises';
+import { packedFiles } from '../formats/recordio.js';
+import { loadAddon, type NativeRecords } from '../native.js';
+import { exists } from './files.js';
+import { dataError, type ImageSource } from './image-source.js';
+
+/** What can be trained on: image folders (LFW's tree is one), RecordIO, MS-Celeb-1M's tables, im2rec's lists. */
+export type TrainingKind = 'folder' | 'recordio' | 'tsv' | 'lst';
+
+/** A labelled set of 112x112 face images, open for reading. */
+export interface Dataset {
+  /** What the user gave. */
+  readonly kind: TrainingKind;
+  /** How the .rec is laid out: with InsightFace's records of identities, or as im2rec writes it. */
+  readonly layout: 'insightface' | 'im2rec';
+  /** What the user gave, absolute. */
+  readonly path: string;
+  readonly recPath: string;
+  readonly idxPath: string;
+  readonly images: number;
+  readonly identities: number;
+  /** Class of each image, [images], each of 0..identities-1 at least once. */
+  readonly labels: Int32Array;
+  /** Name of each class: the folder's, or the label's number where the set has no names. */
+  readonly names: readonly string[];
+  readonly records: NativeRecords;
+  dispose(): Promise<void>;
+  [Symbol.asyncDispose](): Promise<void>;
+}
+
+export async function openRecords(rec: string, idx: string): Promise<NativeRecords> {
+  return (await loadAddon('cpu')).openRecords(rec, idx);
+}
+
+/** The layout, from the length of the first record: InsightFace's holds two labels and no image. */
+async function readLayout(rec: string): Promise<Dataset['layout']> {
+  const HEAD_BYTES = 8;
+  const INSIGHTFACE_RECORD_0_BYTES = 24 + 2 * 4;
+  const head = Buffer.alloc(HEAD_BYTES);
+  const handle = await open(rec, 'r');
+  try {
+    await handle.read(head, 0, HEAD_BYTES, 0);
+  } finally {
+    await handle.close();
+  }
+  return head.readUInt32LE(4) === INSIGHTFACE_RECORD_0_BYTES ? 'insightface' : 'im2rec';
+}
+
+/** Labels as classes 0..n-1 in ascending order of the numbers found. */
+function denseLabels(found: Int32Array): { labels: Int32Array; values: number[] } {
+  const values = [...new Set(found)].sort((a, b) => a - b);
+  const classes = new Map(values.map((value, index) => [value, index]));
+  return { labels: found.map((value) => classes.get(value)!), values };
+}
+
+async function readNames(path: string, identities: number): Promise<string[] | undefined> {
+  if (!(await exists(path))) return undefined;
+  // A folder's name has at most 255 bytes, and a line break.
+  const limit = identities * 256;
+  const { size } = await stat(path);
+  const lines = size <= limit ? (await readFile(path, 'utf8')).split('\n') : [];
+  if (lines.pop() !== '' || lines.length !== identities) {
+    throw dataError(
+      `${path} does not hold one line for each of the ${identities} identities: restore the file that hardmine pack wrote, or delete it to go without names.`,
+    );
+  }
+  return lines;
+}
+
+/**
+ * @param given what the user gave; `kind` and `path` of the result
+ * @throws ERR_DATA for what is missing, damaged or empty
+ */
+export async function openPacked(
+  given: { kind: TrainingKind; path: string },
+  recPath: string,
+): Promise<Dataset> {
+  const prefix = recPath.slice(0, -'.rec'.length);
+  const { idx: idxPath, identities: namesPath } = packedFiles(prefix);
+  for (const path of [recPath, idxPath]) {
+    if (!(await exists(path))) {
+      throw dataError(
+        `${path} does not exist: RecordIO needs the .rec and the .idx of one name side by side.`,
+      );
+    }
+  }
+  const records = await openRecords(recPath, idxPath);
+  try {
+    if (records.images === 0) {
+      throw dataError(`${recPath} holds no images: pack a set that has some.`);
+    }
+    const { labels, values } = denseLabels(records.labels);
+    const names = (await readNames(namesPath, values.length)) ?? values.map(String);
+    const dispose = (): Promise<void> => records.dispose();
+    return {
+      kind: given.kind,
+      layout: await readLayout(recPath),
+      path: given.path,
+      recPath,
+      idxPath,
+      images: records.images,
+      identities: values.length,
+      labels,
+      names,
+      records,
+      dispose,
+      [Symbol.asyncDispose]: dispose,
+    };
+  } catch (error) {
+    await records.dispose();
+    throw error;
+  }
+}
+
+/** A packed set as packing and inspection see it: by class, those of a class in the order of the .rec. */
+export async function recordSource(dataset: Dataset): Promise<ImageSource> {
+  const { records, labels } = dataset;
+  const order = Uint32Array.from(labels.keys()).sort((a, b) => labels[a]! - labels[b]! || a - b);
+  const key = (index: number): number => records.keys[order[index]!]!;
+  const stats = await Promise.all(
+    [dataset.recPath, dataset.idxPath].map((path) => stat(path, { bigint: true })),
+  );
+  return {
+    title: dataset.path,
+    count: order.length,
+    bytes: records.bytes,
+    names: dataset.names,
+    fingerprint: createHash('sha256')
+      .update(stats.map(({ size, mtimeNs }) => `rec ${size} ${mtimeNs}`).join(' '))
+      .digest('hex'),
+    notes: [],
+    label: (index) => labels[order[index]!]!,
+    name: (index) => `record ${key(index)} of ${dataset.recPath}`,
+    place: (index) => ({ key: key(index) }),
+    read: async (index) => Buffer.from(await records.jpeg(order[index]!)),
+    dispose: () => dataset.dispose(),
+  };
+}
