@@ -1,5 +1,6 @@
 import type { Command } from 'commander';
-import { type DamagedImage, type Inspection, inspectDataset } from '../data/inspect.js';
+import { placeText } from '../data/image-source.js';
+import { type Inspection, inspectDataset } from '../data/inspect.js';
 import { type CommonOptions, makeCommand, output, progressNote } from './command.js';
 import { stopOnInterrupt } from './interrupt.js';
 
@@ -32,6 +33,9 @@ export function inspectCommand(): Command {
         signal: interrupt.signal,
         contactSheet: options.contactSheet,
       });
+      if (options.contactSheet !== undefined && found.images === 0) {
+        output.note(`${options.contactSheet} is not drawn, since there are no images.`);
+      }
       if (options.json) output.json(found);
       else output.result(describe(found).join('\n'));
     });
@@ -46,7 +50,7 @@ function describe(found: Inspection): string[] {
     ...describeKind(found),
     `sizes: ${sizes.join(', ') || 'none'}${moreSizes > 0 ? ` and ${moreSizes} more` : ''}`,
     `damaged: ${found.damaged.length}`,
-    ...found.damaged.slice(0, SHOWN).map(describeDamaged),
+    ...found.damaged.slice(0, SHOWN).map((image) => `  ${placeText(image)}: ${image.reason}`),
   ];
 }
 
@@ -79,10 +83,4 @@ function imagesPer(
   { imagesPerIdentity: { min, median, max } }: Extract<Inspection, { imagesPerIdentity: unknown }>,
 ): string {
   return `${what}: ${min} to ${max}, median ${median}`;
-}
-
-function describeDamaged({ reason, ...place }: DamagedImage): string {
-  if ('file' in place) return `  ${place.file}: ${reason}`;
-  if ('key' in place) return `  record ${place.key}: ${reason}`;
-  return 'line' in place ? `  line ${place.line}: ${reason}` : `  image ${place.image}: ${reason}`;
 }

@@ -28,7 +28,7 @@ export function packCommand(): Command {
     .option('--exclude-identities <file>', 'identities to leave out, one name a line')
     .option('--pairs <file>', "LFW's pairs.txt: write its pairs of <in>'s images as a .bin")
     .action(async (input: string, out: string, options: PackOptions) => {
-      using interrupt = stopOnInterrupt('what is packed so far is kept where it is worth it');
+      using interrupt = stopOnInterrupt('what is safely packed by now is kept to go on from');
       const note = progressNote('packing');
       const work: DataOptions = {
         onProgress: ({ done, total }: DataProgress) => note(done, total),

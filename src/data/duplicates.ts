@@ -1,7 +1,7 @@
 /** Images of a set that are the same byte for byte, by SHA-256 of what is stored. */
 import { createHash } from 'node:crypto';
 import { writeFileAtomic } from '../formats/atomic.js';
-import type { ImageSource } from './image-source.js';
+import { type ImageSource, placeText } from './image-source.js';
 
 const DIGEST_BYTES = 32;
 
@@ -77,7 +77,7 @@ function* table(
   for (const group of groups) {
     for (const image of group) {
       // Record 0 holds no image, so keys count from 1.
-      yield `${digests.hex(image)}\t${image + 1}\t${source.names[source.label(image)]}\t${source.name(image)}\n`;
+      yield `${digests.hex(image)}\t${image + 1}\t${source.names[source.label(image)]}\t${placeText(source.place(image))}\n`;
     }
   }
 }

@@ -8,6 +8,12 @@ import { readRows } from './rows.js';
 /** Where an image of a set stands: a file below its folder, a record's key, a row, an image of a .bin. */
 export type Place = { file: string } | { key: number } | { line: number } | { image: number };
 
+export function placeText(place: Place): string {
+  if ('file' in place) return place.file;
+  if ('key' in place) return `record ${place.key}`;
+  return 'line' in place ? `line ${place.line}` : `image ${place.image}`;
+}
+
 /** Encoded images, each of one class. */
 export interface ImageSet {
   /** What to call it in messages. */
@@ -142,7 +148,7 @@ export async function withoutIdentities(source: ImageSource, list: string): Prom
   for (let i = 0, k = 0; k < count; i += 1) if (classes[source.label(i)] !== -1) kept[k++] = i;
   const known = new Set(source.names);
   const unknown = [...excluded].filter((name) => !known.has(name));
-  const notes = [`${source.names.length - names.length} identities are excluded by ${list}.`];
+  const notes = [`Identities excluded by ${list}: ${source.names.length - names.length}.`];
   if (unknown.length > 0) {
     notes.push(
       `${unknown.length} of the ${excluded.size} names in ${list} are not in ${source.title}: ${listed(unknown)}.`,
