@@ -4,6 +4,7 @@ export {
   type DataOptions,
   type DataProgress,
   type Dataset,
+  type OpenOptions,
   openDataset,
 } from './data/dataset.js';
 export { type Device, devices } from './devices.js';

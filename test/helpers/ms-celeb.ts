@@ -9,13 +9,15 @@ export function marked(jpeg: Buffer, mark: string): Buffer {
 export interface TableRow {
   mid: string;
   rank: number;
+  /** 0 by default. */
+  face?: number;
   image: Buffer;
   /** Length of the page's URL; real ones take some 60 bytes. */
   url?: number;
 }
 
 /** One row, its line break included. */
-export function tableRow({ mid, rank, image, url = 60 }: TableRow): string {
+export function tableRow({ mid, rank, face = 0, image, url = 60 }: TableRow): string {
   const rectangle = Buffer.alloc(16);
   for (const [i, value] of [0.1, 0.2, 0.8, 0.9].entries()) rectangle.writeFloatLE(value, 4 * i);
   const columns = [
@@ -23,7 +25,7 @@ export function tableRow({ mid, rank, image, url = 60 }: TableRow): string {
     rank,
     'http://images.example/a.jpg',
     'http://pages.example/'.padEnd(url, 'x'),
-    'FaceId-0',
+    `FaceId-${face}`,
     rectangle.toString('base64'),
     image.toString('base64'),
   ];
