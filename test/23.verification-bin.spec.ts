@@ -456,7 +456,7 @@ describe('verification sets', () => {
     await writeFile(path, pickle('](', ...image, ...image, 'e](K', 1, 'e', 0x86, '.'));
     assert.deepEqual((await readVerificationBin(path)).same, [true]);
     await assert.rejects(readVerificationBin(folder), {
-      code: 'ERR_FORMAT',
+      code: 'ERR_DATA',
       message: /not a file/,
     });
     await assert.rejects(readVerificationBin(join(folder, 'gone')), { code: 'ERR_IO' });

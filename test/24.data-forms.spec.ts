@@ -7,10 +7,13 @@ import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
+import fc from 'fast-check';
 import sharp from 'sharp';
 import { openDataset } from '../src/data/dataset.js';
 import { inspectDataset } from '../src/data/inspect.js';
 import { packDataset } from '../src/data/pack.js';
+import { readRows } from '../src/data/rows.js';
+import { StringTable } from '../src/data/string-table.js';
 import { HardmineError } from '../src/errors.js';
 import { packLfwPairs } from '../src/evaluate/lfw-bin.js';
 import { encodeRecord, packedFiles } from '../src/formats/recordio.js';
@@ -644,6 +647,54 @@ describe('forms of data sets', function () {
       const set = await inspectDataset(shared(this, 'faces/interop/lfw_dev_numpy.bin'));
       assert.ok(set.kind === 'verification-bin');
       assert.deepEqual([set.pairs, set.same, set.different, set.damaged], [30, 15, 15, []]);
+    });
+  });
+
+  describe('rows of text', () => {
+    it('are those of splitting the whole, wherever the reads end', async () => {
+      await fc.assert(
+        fc.asyncProperty(
+          fc.array(fc.string({ maxLength: 12, unit: 'binary-ascii' }), { maxLength: 20 }),
+          fc.constantFrom('\n', '\r\n'),
+          fc.boolean(),
+          async (given, end, isEnded) => {
+            const lines = given.map((line) => line.replace(/[\r\n]/g, ' '));
+            const text = lines.join(end) + (isEnded ? end : '');
+            const path = await write('rows.txt', text);
+            const found: [number, string][] = [];
+            for await (const { line, offset, bytes } of readRows(path, 13)) {
+              found.push([line, bytes.toString()]);
+              assert.equal(text.slice(offset, offset + bytes.length), bytes.toString());
+            }
+            const expected = lines.map((line, i): [number, string] => [i + 1, line]);
+            assert.deepEqual(
+              found,
+              expected.filter(([, line]) => line !== ''),
+            );
+          },
+        ),
+        { numRuns: 100 },
+      );
+      const long = await write('rows.txt', 'a\n12345678901234');
+      const rows = readRows(long, 13);
+      await rows.next();
+      await assert.rejects(rows.next(), /rows\.txt, line 2: the row is longer than 13 bytes/);
+      // A pipe without a writer is told, not waited for.
+      await run('mkfifo', [join(folder, 'pipe')]);
+      await assert.rejects(readRows(join(folder, 'pipe'), 13).next(), /is not a file/);
+      await assert.rejects(readVerificationBin(join(folder, 'pipe')), /is not a file/);
+    });
+
+    it('are looked up in a table as in a Map', () => {
+      const table = new StringTable();
+      const map = new Map<string, number>();
+      for (let i = 0; i < 20_000; i += 1) {
+        const key = `m.${(i * 7919) % 15_000}/x`;
+        table.set(key, i);
+        map.set(key, i);
+      }
+      assert.equal(table.size, map.size);
+      for (let i = 0; i < 30_000; i += 1) assert.equal(table.get(`m.${i}/x`), map.get(`m.${i}/x`));
     });
   });
 

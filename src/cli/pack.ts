@@ -1,6 +1,6 @@
 import { resolve } from 'node:path';
 import type { Command } from 'commander';
-import type { DataOptions, DataProgress } from '../data/files.js';
+import type { DataOptions } from '../data/files.js';
 import { packDataset } from '../data/pack.js';
 import { HardmineError } from '../errors.js';
 import { packLfwPairs } from '../evaluate/lfw-bin.js';
@@ -29,9 +29,13 @@ export function packCommand(): Command {
     .option('--pairs <file>', "LFW's pairs.txt: write its pairs of <in>'s images as a .bin")
     .action(async (input: string, out: string, options: PackOptions) => {
       using interrupt = stopOnInterrupt('what is safely packed by now is kept to go on from');
-      const note = progressNote('packing');
+      const notes = {
+        scanning: progressNote('scanning'),
+        packing: progressNote('packing'),
+        checking: progressNote('checking'),
+      };
       const work: DataOptions = {
-        onProgress: ({ done, total }: DataProgress) => note(done, total),
+        onProgress: ({ phase, done, total }) => notes[phase](done, total),
         signal: interrupt.signal,
       };
       if (out.endsWith('.bin') || options.pairs !== undefined) {

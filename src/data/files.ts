@@ -1,4 +1,5 @@
-import { mkdir, stat } from 'node:fs/promises';
+import { constants } from 'node:fs';
+import { type FileHandle, mkdir, open, stat } from 'node:fs/promises';
 import { dirname } from 'node:path';
 import { HardmineError } from '../errors.js';
 
@@ -26,6 +27,23 @@ export function ioError(path: string, verb: string, error: unknown, remedy: stri
   return new HardmineError('ERR_IO', `${path} could not be ${verb} (${reason}): ${remedy}.`, {
     cause: error,
   });
+}
+
+/**
+ * Opens a file for reading; folders, pipes and devices are refused.
+ * @param what the user should give instead: 'an image file'
+ */
+export async function openFile(path: string, what: string): Promise<FileHandle> {
+  let file: FileHandle;
+  try {
+    // Non-blocking: opening a FIFO would otherwise wait for a writer for ever.
+    file = await open(path, constants.O_RDONLY | constants.O_NONBLOCK);
+  } catch (error) {
+    throw ioError(path, 'read', error, `give ${what} that exists and may be read`);
+  }
+  if ((await file.stat()).isFile()) return file;
+  await file.close();
+  throw new HardmineError('ERR_DATA', `${path} is not a file: give ${what}.`);
 }
 
 /** Whether anything stands at `path`. */

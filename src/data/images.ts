@@ -1,9 +1,7 @@
 /** Image files to pixels, by sharp: JPEG and PNG, EXIF rotation applied, sRGB, without alpha. */
-import { constants } from 'node:fs';
-import { open } from 'node:fs/promises';
 import sharp, { type Metadata, type Sharp } from 'sharp';
 import { HardmineError } from '../errors.js';
-import { ioError } from './files.js';
+import { ioError, openFile } from './files.js';
 
 /** Side of the network's input in pixels. */
 export const SIDE = 112;
@@ -19,26 +17,20 @@ const IN_FLIGHT = 8;
 
 /** Reads a whole file, refused before memory is taken when it is no file or too large. */
 export async function readImageFile(path: string): Promise<Buffer> {
+  const file = await openFile(path, 'an image file');
   try {
-    // Non-blocking: opening a FIFO would otherwise wait for a writer for ever.
-    const handle = await open(path, constants.O_RDONLY | constants.O_NONBLOCK);
-    try {
-      const stats = await handle.stat();
-      if (!stats.isFile()) {
-        throw new HardmineError('ERR_DATA', `${path} is not a file: give an image file.`);
-      }
-      if (stats.size > MAX_FILE_BYTES) {
-        throw new HardmineError(
-          'ERR_DATA',
-          `${path} has ${stats.size} bytes where an image has at most ${MAX_FILE_BYTES}: remove it.`,
-        );
-      }
-      return await handle.readFile();
-    } finally {
-      await handle.close();
+    const { size } = await file.stat();
+    if (size > MAX_FILE_BYTES) {
+      throw new HardmineError(
+        'ERR_DATA',
+        `${path} has ${size} bytes where an image has at most ${MAX_FILE_BYTES}: remove it.`,
+      );
     }
+    return await file.readFile();
   } catch (error) {
     throw ioError(path, 'read', error, 'give an image file that exists and may be read');
+  } finally {
+    await file.close();
   }
 }
 

@@ -63,7 +63,7 @@ export async function msCelebSource(
     bytes: Number(stats.size),
     names,
     fingerprint: createHash('sha256')
-      .update(`hardmine pack 1 tsv\0${stats.size} ${stats.mtimeNs}\0${list?.digest ?? ''}`)
+      .update(`hardmine pack 1 tsv\0${path}\0${stats.size} ${stats.mtimeNs}\0${list?.digest ?? ''}`)
       .digest('hex')
       .slice(0, 32),
     notes: [...(matched?.notes(path) ?? []), ...classes.notes(keep ?? '')],

@@ -128,7 +128,9 @@ export async function recordSource(dataset: Dataset): Promise<ImageSource> {
     bytes: records.bytes,
     names: dataset.names,
     fingerprint: createHash('sha256')
-      .update(stats.map(({ size, mtimeNs }) => `rec ${size} ${mtimeNs}`).join(' '))
+      .update(
+        [dataset.recPath, ...stats.map(({ size, mtimeNs }) => `${size} ${mtimeNs}`)].join('\0'),
+      )
       .digest('hex'),
     notes: [],
     label: (index) => labels[order[index]!]!,

@@ -1,8 +1,7 @@
 /** Text files of any size, row by row: lists of images, and tables whose rows hold whole images. */
 import type { FileHandle } from 'node:fs/promises';
-import { open } from 'node:fs/promises';
 import { HardmineError } from '../errors.js';
-import { ioError } from './files.js';
+import { ioError, openFile } from './files.js';
 
 export interface Row {
   /** From 1. */
@@ -22,7 +21,7 @@ const READ_BYTES = 2 ** 20;
  * @throws ERR_DATA naming file and line for a longer row; ERR_IO
  */
 export async function* readRows(path: string, maxBytes: number): AsyncGenerator<Row> {
-  const file = await openRegular(path);
+  const file = await openFile(path, 'a text file');
   try {
     let buffer = Buffer.allocUnsafe(Math.min(READ_BYTES, maxBytes + 1));
     let offset = 0; // of buffer[0]
@@ -84,18 +83,6 @@ function tooLong(path: string, line: number, maxBytes: number): HardmineError {
     'ERR_DATA',
     `${path}, line ${line}: the row is longer than ${maxBytes} bytes, which no row of such a file is: check that this is the right file and that it is not damaged.`,
   );
-}
-
-async function openRegular(path: string): Promise<FileHandle> {
-  let file: FileHandle;
-  try {
-    file = await open(path, 'r');
-  } catch (error) {
-    throw ioError(path, 'read', error, 'give a file that exists and may be read');
-  }
-  if ((await file.stat()).isFile()) return file;
-  await file.close();
-  throw new HardmineError('ERR_DATA', `${path} is not a file: give a text file.`);
 }
 
 /** Where the kept rows of a file stand and which class each has; 20 bytes a row. */

@@ -2,8 +2,7 @@
  * InsightFace's verification sets (lfw.bin, cfp_fp.bin, agedb_30.bin): a pickle of two lists, 2P encoded
  * images and P booleans; pair k is images 2k and 2k + 1.
  */
-import { open } from 'node:fs/promises';
-import { ioError } from '../data/files.js';
+import { ioError, openFile } from '../data/files.js';
 import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from './atomic.js';
 import { PickledArray, type PickleValue, readPickle } from './pickle.js';
@@ -49,25 +48,20 @@ export async function readVerificationBin(path: string): Promise<VerificationSet
 
 /** Refused before memory is taken when it is no file or too large. */
 async function readWhole(path: string): Promise<Buffer> {
+  const file = await openFile(path, 'a verification .bin');
   try {
-    const handle = await open(path, 'r');
-    try {
-      const stats = await handle.stat();
-      if (!stats.isFile()) {
-        throw new HardmineError('ERR_FORMAT', `${path} is not a file: give a verification .bin.`);
-      }
-      if (stats.size > MAX_BYTES) {
-        throw new HardmineError(
-          'ERR_FORMAT',
-          `${path} has ${stats.size} bytes where a verification set has at most ${MAX_BYTES}: give a verification .bin.`,
-        );
-      }
-      return await handle.readFile();
-    } finally {
-      await handle.close();
+    const { size } = await file.stat();
+    if (size > MAX_BYTES) {
+      throw new HardmineError(
+        'ERR_FORMAT',
+        `${path} has ${size} bytes where a verification set has at most ${MAX_BYTES}: give a verification .bin.`,
+      );
     }
+    return await file.readFile();
   } catch (error) {
     throw ioError(path, 'read', error, 'give a verification .bin that exists and may be read');
+  } finally {
+    await file.close();
   }
 }
 
