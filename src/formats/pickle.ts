@@ -5,8 +5,7 @@
  *
  * Source of the opcodes: CPython, Lib/pickletools.py.
  */
-import { isUtf8 } from 'node:buffer';
-import { HardmineError } from '../errors.js';
+import { COST, latin1Text, MAX_NAME_BYTES, PickleInput, quote } from './pickle-input.js';
 
 /** A NumPy array. */
 export class PickledArray {
@@ -106,16 +105,6 @@ const REFUSED: ReadonlyMap<number, string> = new Map([
 const MAX_NESTING = 64;
 /** NumPy 2's NPY_MAXDIMS. */
 const MAX_DIMENSIONS = 64;
-/** Longest number or name; real ones have some 40 bytes. */
-const MAX_SHORT_BYTES = 255;
-/** V8 holds strings of 2^29 characters. */
-const MAX_TEXT_BYTES = 2 ** 28;
-/** As much of a name as is compared or shown. */
-const MAX_NAME_BYTES = 80;
-/** What the value may take beside its input: this and twice the input's size. */
-const SPARE_BYTES = 16 * 2 ** 20;
-/** Rounded up from what V8 takes for one: a slot, an array, a view of bytes, a Map and its table. */
-const COST = { slot: 16, list: 160, bytes: 256, dictionary: 512, array: 512 } as const;
 
 /**
  * Reads one whole pickle.
@@ -124,16 +113,11 @@ const COST = { slot: 16, list: 160, bytes: 256, dictionary: 512, array: 512 } as
  *   take more memory than 16 MiB and twice its size; nothing in it is ever run
  */
 export function readPickle(bytes: Uint8Array, name: string): PickleValue {
-  return new Interpreter(bytes, name).run();
+  return new Interpreter(new PickleInput(bytes, name)).run();
 }
 
 class Interpreter {
-  readonly #input: Buffer;
-  readonly #name: string;
-  #at = 0;
-  /** Of the opcode at work, for messages. */
-  #opcodeAt = 0;
-  #budget: number;
+  readonly #in: PickleInput;
   readonly #stack: Item[] = [];
   /** Heights of the stack at which MARK was met. */
   readonly #marks: number[] = [];
@@ -141,26 +125,21 @@ class Interpreter {
   /** Arrays that have their state. */
   readonly #built = new Set<PickledArray>();
 
-  constructor(bytes: Uint8Array, name: string) {
-    this.#input = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length);
-    this.#name = name;
-    this.#budget = SPARE_BYTES + 2 * bytes.length;
+  constructor(input: PickleInput) {
+    this.#in = input;
   }
 
   run(): PickleValue {
     for (;;) {
-      this.#opcodeAt = this.#at;
-      const opcode = this.#unsigned(1);
+      const opcode = this.#in.opcode();
       if (opcode === 0x2e) break; // STOP
       this.#step(opcode);
     }
     const value = this.#pop();
     if (this.#stack.length > 0 || this.#marks.length > 0) {
-      this.#damaged('it ends with values left over');
+      this.#in.damaged('it ends with values left over');
     }
-    if (this.#at !== this.#input.length) {
-      this.#damaged(`${this.#input.length - this.#at} bytes follow its end`);
-    }
+    if (this.#in.left > 0) this.#in.damaged(`${this.#in.left} bytes follow its end`);
     return this.#check(value);
   }
 
@@ -168,17 +147,17 @@ class Interpreter {
     switch (opcode) {
       // Framing and the stack
       case 0x80: {
-        const protocol = this.#unsigned(1);
-        if (protocol > 5) this.#damaged(`it is of protocol ${protocol}, which is later than 5`);
+        const protocol = this.#in.unsigned(1);
+        if (protocol > 5) this.#in.damaged(`it is of protocol ${protocol}, which is later than 5`);
         return;
       }
       case 0x95: {
-        const frame = this.#unsigned(8);
-        if (frame > this.#input.length - this.#at) this.#cutOff(frame);
+        const frame = this.#in.unsigned(8);
+        if (frame > this.#in.left) this.#in.cutOff(frame);
         return;
       }
       case 0x28: // MARK
-        this.#charge(COST.slot);
+        this.#in.charge(COST.slot);
         this.#marks.push(this.#stack.length);
         return;
       case 0x30: // POP, which takes a mark where one is on top
@@ -190,13 +169,13 @@ class Interpreter {
         return;
 
       case 0x70: // PUT
-        this.#remember(this.#index());
+        this.#remember(this.#in.index());
         return;
       case 0x71:
-        this.#remember(this.#unsigned(1));
+        this.#remember(this.#in.unsigned(1));
         return;
       case 0x72:
-        this.#remember(this.#unsigned(4));
+        this.#remember(this.#in.unsigned(4));
         return;
       case 0x94: // MEMOIZE
         this.#remember(this.#memo.size);
@@ -228,11 +207,11 @@ class Interpreter {
   #value(opcode: number): Item {
     switch (opcode) {
       case 0x67: // GET
-        return this.#recall(this.#index());
+        return this.#recall(this.#in.index());
       case 0x68:
-        return this.#recall(this.#unsigned(1));
+        return this.#recall(this.#in.unsigned(1));
       case 0x6a:
-        return this.#recall(this.#unsigned(4));
+        return this.#recall(this.#in.unsigned(4));
 
       case 0x32: // DUP
         return this.#top();
@@ -245,55 +224,48 @@ class Interpreter {
       case 0x89:
         return false;
       case 0x49: {
-        const text = this.#line();
+        const text = this.#in.line();
         // Protocol 0 and 1 write booleans so.
         if (text === '00' || text === '01') return text === '01';
-        return this.#integer(text);
+        return this.#in.integer(text);
       }
       case 0x4c:
-        return this.#integer(this.#line().replace(/L$/, ''));
+        return this.#in.integer(this.#in.line().replace(/L$/, ''));
       case 0x4a:
-        return this.#take(4).readInt32LE();
+        return this.#in.take(4).readInt32LE();
       case 0x4b:
-        return this.#unsigned(1);
+        return this.#in.unsigned(1);
       case 0x4d:
-        return this.#unsigned(2);
+        return this.#in.unsigned(2);
       case 0x8a:
-        return this.#longBytes(this.#unsigned(1));
+        return this.#in.longBytes(this.#in.unsigned(1));
       case 0x8b:
-        return this.#longBytes(this.#unsigned(4));
-      case 0x46: {
-        const text = this.#line();
-        const special = SPECIAL_FLOATS.get(text);
-        if (special !== undefined) return special;
-        if (!/^[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$/i.test(text)) {
-          this.#damaged(`${quote(text)} is no number`);
-        }
-        return Number(text);
-      }
+        return this.#in.longBytes(this.#in.unsigned(4));
+      case 0x46:
+        return this.#in.float();
       case 0x47:
-        return this.#take(8).readDoubleBE();
+        return this.#in.take(8).readDoubleBE();
 
       // Text and bytes
       case 0x56: // UNICODE
-        return this.#rawUnicode(this.#lineBytes(MAX_TEXT_BYTES));
+        return this.#in.rawUnicode();
       case 0x8c:
-        return this.#utf8(this.#unsigned(1));
+        return this.#in.utf8(this.#in.unsigned(1));
       case 0x58:
-        return this.#utf8(this.#unsigned(4));
+        return this.#in.utf8(this.#in.unsigned(4));
       case 0x8d:
-        return this.#utf8(this.#unsigned(8));
+        return this.#in.utf8(this.#in.unsigned(8));
       case 0x53: // STRING
-        return this.#quoted(this.#lineBytes(this.#input.length));
+        return this.#in.quoted();
       case 0x55: // SHORT_BINSTRING
       case 0x43: // SHORT_BINBYTES
-        return this.#bytes(this.#unsigned(1));
+        return this.#in.bytes(this.#in.unsigned(1));
       case 0x54: // BINSTRING
       case 0x42: // BINBYTES
-        return this.#bytes(this.#unsigned(4));
+        return this.#in.bytes(this.#in.unsigned(4));
       case 0x8e: // BINBYTES8
       case 0x96: // BYTEARRAY8
-        return this.#bytes(this.#unsigned(8));
+        return this.#in.bytes(this.#in.unsigned(8));
 
       // Lists, tuples, dictionaries
       case 0x5d:
@@ -315,29 +287,29 @@ class Interpreter {
 
       // What would be code
       case 0x63: // GLOBAL
-        return this.#global(this.#line(), this.#line());
+        return this.#global(this.#in.line(), this.#in.line());
       case 0x93: {
         const member = this.#pop();
         const module = this.#pop();
         if (typeof module !== 'string' || typeof member !== 'string') {
-          return this.#damaged('it names a global by something that is no text');
+          return this.#in.damaged('it names a global by something that is no text');
         }
         return this.#global(module, member);
       }
       case 0x69: // INST
-        return this.#refuse(quote(`${this.#line()}.${this.#line()}`));
+        return this.#in.refuse(quote(`${this.#in.line()}.${this.#in.line()}`));
       case 0x52: {
         const args = this.#pop();
         const called = this.#pop();
         if (!(called instanceof Global) || !Array.isArray(args)) {
-          return this.#damaged('it calls something that is no function');
+          return this.#in.damaged('it calls something that is no function');
         }
         return this.#interpret(called, args);
       }
       default: {
         const refused = REFUSED.get(opcode);
-        if (refused !== undefined) this.#refuse(`the operation ${refused}`);
-        return this.#damaged(
+        if (refused !== undefined) this.#in.refuse(`the operation ${refused}`);
+        return this.#in.damaged(
           `0x${opcode.toString(16).padStart(2, '0')} is no operation of a pickle`,
         );
       }
@@ -345,152 +317,16 @@ class Interpreter {
   }
 
   // -------------------------------------------------------------------------------------------
-  // Input
-
-  /** Where the next `bytes` begin, which are taken. */
-  #advance(bytes: number): number {
-    if (bytes > this.#input.length - this.#at) this.#cutOff(bytes);
-    this.#at += bytes;
-    return this.#at - bytes;
-  }
-
-  #take(bytes: number): Buffer {
-    const start = this.#advance(bytes);
-    return this.#input.subarray(start, start + bytes);
-  }
-
-  #unsigned(bytes: 1 | 2 | 4 | 8): number {
-    const start = this.#advance(bytes);
-    return bytes === 8
-      ? Number(this.#input.readBigUInt64LE(start))
-      : this.#input.readUIntLE(start, bytes);
-  }
-
-  #lineBytes(most: number): Buffer {
-    const end = this.#input.indexOf(0x0a, this.#at);
-    if (end === -1) this.#damaged('a line has no end');
-    if (end - this.#at > most) {
-      this.#damaged(`a line has ${end - this.#at} bytes, and at most ${most} are read here`);
-    }
-    const line = this.#take(end - this.#at);
-    this.#at += 1;
-    return line;
-  }
-
-  /** A number or a name. */
-  #line(): string {
-    return this.#text(this.#lineBytes(MAX_SHORT_BYTES).toString('latin1'));
-  }
-
-  #index(): number {
-    const index = this.#integer(this.#line());
-    if (typeof index !== 'number') this.#damaged(`${index} is no index`);
-    return index;
-  }
-
-  #integer(text: string): number | bigint {
-    if (!/^[+-]?\d+$/.test(text)) this.#damaged(`${quote(text)} is no whole number`);
-    return plainest(BigInt(text.replace(/^\+/, '')));
-  }
-
-  /** Two's complement, little-endian. */
-  #longBytes(bytes: number): number | bigint {
-    const taken = this.#take(bytes);
-    if (bytes > MAX_SHORT_BYTES) {
-      this.#damaged(`a number takes ${bytes} bytes, and at most ${MAX_SHORT_BYTES} are read`);
-    }
-    if (bytes === 0) return 0;
-    const magnitude = BigInt(`0x${Buffer.from(taken).reverse().toString('hex')}`);
-    return plainest(BigInt.asIntN(8 * bytes, magnitude));
-  }
-
-  #utf8(bytes: number): string {
-    const taken = this.#take(bytes);
-    if (bytes > MAX_TEXT_BYTES) {
-      this.#damaged(`a text has ${bytes} bytes, and at most ${MAX_TEXT_BYTES} are read`);
-    }
-    if (!isUtf8(taken)) this.#damaged('a text is not UTF-8');
-    return this.#text(taken.toString('utf8'));
-  }
-
-  #text(text: string): string {
-    this.#charge(2 * text.length);
-    return text;
-  }
-
-  #bytes(bytes: number): Uint8Array {
-    const taken = this.#take(bytes);
-    this.#charge(COST.bytes);
-    return new Uint8Array(taken.buffer, taken.byteOffset, bytes);
-  }
-
-  /** A Python 2 `str` as its repr writes it, from '...' or "...". */
-  #quoted(line: Buffer): Uint8Array {
-    const quotes = [0x22, 0x27];
-    if (line.length < 2 || !quotes.includes(line[0]!) || line.at(-1) !== line[0]) {
-      return this.#damaged('a string has no quotes');
-    }
-    this.#charge(COST.bytes + line.length);
-    const bytes = new Uint8Array(line.length);
-    let length = 0;
-    for (let i = 1; i < line.length - 1; i += 1) {
-      const byte = line[i]!;
-      if (byte !== BACKSLASH) {
-        bytes[length++] = byte;
-        continue;
-      }
-      const match = ESCAPE.exec(line.toString('latin1', i, Math.min(i + 4, line.length - 1)));
-      if (match === null) return this.#damaged('a string has an escape that Python does not write');
-      const [whole, hex, octal, letter] = match;
-      if (hex !== undefined) bytes[length] = Number.parseInt(hex, 16);
-      else if (octal !== undefined) bytes[length] = Number.parseInt(octal, 8);
-      else bytes[length] = ESCAPED.get(letter!)!;
-      length += 1;
-      i += whole.length - 1;
-    }
-    return bytes.subarray(0, length);
-  }
-
-  /** Text as protocol 0 writes it: latin-1, and \\uXXXX for the rest. */
-  #rawUnicode(line: Buffer): string {
-    const units = Buffer.alloc(2 * line.length);
-    let length = 0;
-    for (let i = 0; i < line.length; i += 1) {
-      let code = line[i]!;
-      const digits = code === BACKSLASH ? UNICODE_DIGITS.get(line[i + 1]) : undefined;
-      if (digits !== undefined) {
-        const hex = line.toString('latin1', i + 2, i + 2 + digits);
-        code = Number.parseInt(hex, 16);
-        if (!/^[0-9a-fA-F]+$/.test(hex) || hex.length < digits || code > 0x10ffff) {
-          return this.#damaged('a text has an escape that Python does not write');
-        }
-        i += 1 + digits;
-      }
-      for (const unit of code > 0xffff ? surrogates(code) : [code]) {
-        length = units.writeUInt16LE(unit, length);
-      }
-    }
-    return this.#text(units.toString('utf16le', 0, length));
-  }
-
-  #latin1(text: string): Uint8Array {
-    this.#charge(COST.bytes + text.length);
-    if (/[^\0-\xff]/.test(text)) this.#damaged('bytes are written as text beyond latin-1');
-    const { buffer, byteOffset, length } = Buffer.from(text, 'latin1');
-    return new Uint8Array(buffer, byteOffset, length);
-  }
-
-  // -------------------------------------------------------------------------------------------
   // Stack, memo, containers
 
   #push(item: Item): void {
-    this.#charge(COST.slot);
+    this.#in.charge(COST.slot);
     this.#stack.push(item);
   }
 
   #top(): Item {
     if (this.#stack.length <= (this.#marks.at(-1) ?? 0)) {
-      this.#damaged('an operation finds nothing to work on');
+      this.#in.damaged('an operation finds nothing to work on');
     }
     return this.#stack.at(-1)!;
   }
@@ -503,37 +339,37 @@ class Interpreter {
 
   #popMark(): Item[] {
     const mark = this.#marks.pop();
-    if (mark === undefined) this.#damaged('an operation finds no mark');
+    if (mark === undefined) this.#in.damaged('an operation finds no mark');
     return this.#stack.splice(mark);
   }
 
   #remember(index: number): void {
     const item = this.#top();
-    this.#charge(4 * COST.slot);
+    this.#in.charge(4 * COST.slot);
     this.#memo.set(index, item);
   }
 
   #recall(index: number): Item {
     const item = this.#memo.get(index);
-    if (item === undefined) this.#damaged(`it recalls ${index}, which it never stored`);
+    if (item === undefined) this.#in.damaged(`it recalls ${index}, which it never stored`);
     return item;
   }
 
   #list(items: Item[]): Item[] {
-    this.#charge(COST.list);
+    this.#in.charge(COST.list);
     return items;
   }
 
   #append(items: readonly Item[]): void {
     const list = this.#top();
-    if (!Array.isArray(list)) this.#damaged('it appends to something that is no list');
+    if (!Array.isArray(list)) this.#in.damaged('it appends to something that is no list');
     const grown: Item[] = list;
-    this.#charge(COST.slot * items.length);
+    this.#in.charge(COST.slot * items.length);
     for (const item of items) grown.push(item);
   }
 
   #dictionary(items: readonly Item[]): Map<Key, Item> {
-    this.#charge(COST.dictionary);
+    this.#in.charge(COST.dictionary);
     const dictionary = new Map<Key, Item>();
     this.#setAll(dictionary, items);
     return dictionary;
@@ -542,19 +378,19 @@ class Interpreter {
   #setItems(items: readonly Item[]): void {
     const dictionary = this.#top();
     if (!(dictionary instanceof Map)) {
-      this.#damaged('it sets keys of something that is no dictionary');
+      this.#in.damaged('it sets keys of something that is no dictionary');
     }
     this.#setAll(dictionary, items);
   }
 
   #setAll(dictionary: Map<Key, Item>, items: readonly Item[]): void {
-    if (items.length % 2 !== 0) this.#damaged('a dictionary has a key without a value');
-    this.#charge(4 * COST.slot * items.length);
+    if (items.length % 2 !== 0) this.#in.damaged('a dictionary has a key without a value');
+    this.#in.charge(4 * COST.slot * items.length);
     for (let i = 0; i < items.length; i += 2) {
       const key = items[i]!;
-      const plain = key instanceof Uint8Array ? this.#text(latin1Text(key)) : key;
+      const plain = key instanceof Uint8Array ? this.#in.text(latin1Text(key)) : key;
       if (typeof plain === 'object' && plain !== null) {
-        this.#damaged('a dictionary has a key that is no text and no number');
+        this.#in.damaged('a dictionary has a key that is no text and no number');
       }
       dictionary.set(plain, items[i + 1]!);
     }
@@ -566,7 +402,7 @@ class Interpreter {
   #global(module: string, member: string): Global {
     const name = `${module}.${member}`;
     const helper = GLOBALS.get(name);
-    if (helper === undefined) return this.#refuse(quote(name));
+    if (helper === undefined) return this.#in.refuse(quote(name));
     return new Global(name, helper);
   }
 
@@ -576,7 +412,7 @@ class Interpreter {
     switch (called.helper) {
       case 'reconstruct':
         if (first instanceof Global && first.helper === 'ndarray') {
-          this.#charge(COST.array);
+          this.#in.charge(COST.array);
           return new PickledArray();
         }
         break;
@@ -585,7 +421,7 @@ class Interpreter {
         break;
       case 'frombuffer':
         if (args.length === 4 && second instanceof Dtype && first instanceof Uint8Array) {
-          this.#charge(COST.array);
+          this.#in.charge(COST.array);
           const array = new PickledArray();
           this.#fill(array, third!, second, textOf(fourth!) === 'F', first);
           return array;
@@ -593,45 +429,47 @@ class Interpreter {
         break;
       case 'encode':
         if (args.length === 2 && typeof first === 'string' && isLatin1(second!)) {
-          return this.#latin1(first);
+          return this.#in.latin1(first);
         }
         break;
       case 'bytes':
-        if (args.length === 0) return this.#latin1('');
+        if (args.length === 0) return this.#in.latin1('');
         break;
       case 'bytearray':
-        if (args.length === 0) return this.#latin1('');
+        if (args.length === 0) return this.#in.latin1('');
         if (args.length === 1 && first instanceof Uint8Array) return first;
         if (args.length === 2 && typeof first === 'string' && isLatin1(second!)) {
-          return this.#latin1(first);
+          return this.#in.latin1(first);
         }
         break;
       case 'ndarray':
         break;
     }
-    return this.#damaged(`it calls ${called.name} with arguments that make no bytes and no array`);
+    return this.#in.damaged(
+      `it calls ${called.name} with arguments that make no bytes and no array`,
+    );
   }
 
   #dtype(given: Item): Dtype {
     const type = textOf(given);
     const match = /^(?:O[48]?|b1|[iu][1248]|f[248])$/.exec(type ?? '');
     if (match === null) {
-      return this.#damaged(
+      return this.#in.damaged(
         `an array's elements are ${quote(type ?? 'unnamed')}, and only numbers and objects are read`,
       );
     }
-    this.#charge(COST.array);
+    this.#in.charge(COST.array);
     return type!.startsWith('O') ? new Dtype('O', 0) : new Dtype(type!, Number(type!.slice(1)));
   }
 
   #build(state: Item, target: Item): void {
-    if (!Array.isArray(state)) this.#damaged('it sets a state that is no tuple');
+    if (!Array.isArray(state)) this.#in.damaged('it sets a state that is no tuple');
     if (target instanceof Dtype) {
       // (version, byte order, sub-array, names, fields, size, alignment, flags), then metadata.
       const order = textOf(state[1] ?? null);
       const plain = [2, 3, 4].every((i) => state[i] === null);
       if (order === undefined || !/^[<>|=]$/.test(order) || !plain) {
-        this.#damaged("an array's elements are records, and only numbers and objects are read");
+        this.#in.damaged("an array's elements are records, and only numbers and objects are read");
       }
       target.order = order === '>' ? '>' : '<';
       return;
@@ -639,34 +477,34 @@ class Interpreter {
     if (target instanceof PickledArray) {
       const [, shape, dtype, fortranOrder, data] = state;
       if (state.length !== 5 || !(dtype instanceof Dtype) || this.#built.has(target)) {
-        this.#damaged("an array's state is not NumPy's");
+        this.#in.damaged("an array's state is not NumPy's");
       }
       this.#fill(target, shape!, dtype, fortranOrder === true || fortranOrder === 1, data!);
       return;
     }
-    this.#refuse('the operation BUILD on something that is no array');
+    this.#in.refuse('the operation BUILD on something that is no array');
   }
 
   #fill(array: PickledArray, shape: Item, dtype: Dtype, fortranOrder: boolean, data: Item): void {
     if (!Array.isArray(shape) || shape.length > MAX_DIMENSIONS) {
-      this.#damaged("an array's shape is no tuple of sizes");
+      this.#in.damaged("an array's shape is no tuple of sizes");
     }
     let count = 1;
     const sizes = shape.map((size) => {
       if (typeof size !== 'number' || !Number.isInteger(size) || size < 0) {
-        return this.#damaged("an array's shape is no tuple of sizes");
+        return this.#in.damaged("an array's shape is no tuple of sizes");
       }
       count *= size;
       return size;
     });
     const isObjects = dtype.type === 'O';
     if (isObjects ? !Array.isArray(data) : !(data instanceof Uint8Array)) {
-      this.#damaged("an array's elements are not stored as its type needs");
+      this.#in.damaged("an array's elements are not stored as its type needs");
     }
     const expected = isObjects ? count : count * dtype.bytes;
     const stored = Array.isArray(data) || data instanceof Uint8Array ? data.length : 0;
     if (stored !== expected) {
-      this.#damaged(
+      this.#in.damaged(
         `an array of shape (${sizes.join(', ')}) and type ${dtype.description} has ${stored} ${isObjects ? 'elements' : 'bytes'} where it needs ${expected}`,
       );
     }
@@ -691,13 +529,13 @@ class Interpreter {
     const path: { container: object; inside: readonly Item[]; next: number; height: number }[] = [];
     const enter = (item: Item): number => {
       if (item instanceof Global || item instanceof Dtype) {
-        this.#damaged('it holds the description of a type where data are expected');
+        this.#in.damaged('it holds the description of a type where data are expected');
       }
       const inside = insideOf(item);
       if (inside === undefined || typeof item !== 'object' || item === null) return 0;
       if (heights.has(item)) {
         const height = heights.get(item);
-        return height ?? this.#damaged('a list, dictionary or array contains itself');
+        return height ?? this.#in.damaged('a list, dictionary or array contains itself');
       }
       heights.set(item, undefined);
       path.push({ container: item, inside, next: 0, height: 1 });
@@ -706,7 +544,7 @@ class Interpreter {
     enter(root);
     for (let open = path.at(-1); open !== undefined; open = path.at(-1)) {
       if (path.length > MAX_NESTING || open.height > MAX_NESTING) {
-        this.#damaged(`it nests more than ${MAX_NESTING} deep`);
+        this.#in.damaged(`it nests more than ${MAX_NESTING} deep`);
       }
       if (open.next < open.inside.length) {
         open.height = Math.max(open.height, 1 + enter(open.inside[open.next]!));
@@ -720,36 +558,6 @@ class Interpreter {
     }
     return root as PickleValue;
   }
-
-  // -------------------------------------------------------------------------------------------
-  // Failure
-
-  #charge(bytes: number): void {
-    this.#budget -= bytes;
-    if (this.#budget < 0) {
-      this.#damaged('it would take more memory than twice its size and 16 MiB');
-    }
-  }
-
-  #cutOff(bytes: number): never {
-    this.#damaged(
-      `${bytes} bytes should follow and ${this.#input.length - this.#at} are left, so it is cut off or damaged`,
-    );
-  }
-
-  #damaged(what: string): never {
-    throw new HardmineError(
-      'ERR_FORMAT',
-      `${this.#name} is no pickle of plain data: at byte ${this.#opcodeAt}, ${what}; get the file anew.`,
-    );
-  }
-
-  #refuse(what: string): never {
-    throw new HardmineError(
-      'ERR_FORMAT',
-      `${this.#name} is refused: at byte ${this.#opcodeAt} it asks for ${what}, which could run code, and nothing of it was run; use files that hold numbers, text, bytes and NumPy arrays alone.`,
-    );
-  }
 }
 
 /** What a container holds; undefined for everything else. */
@@ -757,47 +565,6 @@ function insideOf(item: Item): readonly Item[] | undefined {
   if (Array.isArray(item)) return item;
   if (item instanceof Map) return [...item.values()];
   return item instanceof PickledArray ? item.objects : undefined;
-}
-
-const SPECIAL_FLOATS: ReadonlyMap<string, number> = new Map([
-  ['nan', Number.NaN],
-  ['inf', Number.POSITIVE_INFINITY],
-  ['-inf', Number.NEGATIVE_INFINITY],
-]);
-
-const BACKSLASH = 0x5c;
-/** Escapes of a string's repr. */
-const ESCAPE = /^\\(?:x([0-9a-fA-F]{2})|([0-3][0-7]{2})|([\\'"abfnrtv]))/;
-const ESCAPED: ReadonlyMap<string, number> = new Map([
-  ['\\', 0x5c],
-  ["'", 0x27],
-  ['"', 0x22],
-  ['a', 7],
-  ['b', 8],
-  ['f', 12],
-  ['n', 10],
-  ['r', 13],
-  ['t', 9],
-  ['v', 11],
-]);
-/** Hexadecimal digits after 'u' and 'U'. */
-const UNICODE_DIGITS: ReadonlyMap<number | undefined, number> = new Map([
-  [0x75, 4],
-  [0x55, 8],
-]);
-
-function surrogates(code: number): [high: number, low: number] {
-  return [0xd800 + ((code - 0x10000) >> 10), 0xdc00 + ((code - 0x10000) & 0x3ff)];
-}
-
-/** A number where it is exact. */
-function plainest(value: bigint): number | bigint {
-  const number = Number(value);
-  return Number.isSafeInteger(number) ? number : value;
-}
-
-function latin1Text(bytes: Uint8Array): string {
-  return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length).toString('latin1');
 }
 
 /** Names are Python 2 `str` in old pickles and text in new ones. */
@@ -808,10 +575,3 @@ function textOf(item: Item): string | undefined {
 
 const isLatin1 = (encoding: Item): boolean =>
   /^(latin-?1|iso-8859-1)$/.test(textOf(encoding) ?? '');
-
-/** For messages: what stands in the file may be long or hold control characters. */
-function quote(text: string): string {
-  return JSON.stringify(
-    text.length > MAX_NAME_BYTES ? `${text.slice(0, MAX_NAME_BYTES)}...` : text,
-  );
-}
