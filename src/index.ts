@@ -1,4 +1,14 @@
 /** hardmine's public API. */
+export {
+  type AlignedFace,
+  FaceAligner,
+  type FaceAlignerOptions,
+  type FaceChoice,
+  type Fallback,
+} from './align/aligner.js';
+export type { Box } from './align/boxes.js';
+export type { DetectedFace } from './align/mtcnn.js';
+export type { FaceSize, Point } from './align/similarity.js';
 export { type Config, type ConfigInput, resolveConfig } from './config.js';
 export {
   type DataOptions,

@@ -4,6 +4,7 @@ import { RandomStream } from './data/random.js';
 import { HardmineError } from './errors.js';
 import { writeFileAtomic } from './formats/atomic.js';
 import { BATCH_NORM_EPSILON, encodeOnnx } from './formats/onnx.js';
+import { loadOnnxRuntime } from './formats/onnx-runtime.js';
 import {
   readSafetensors,
   type Tensor,
@@ -452,16 +453,7 @@ async function createEmbedder(
 }
 
 async function runOnnx(path: string, images: Uint8Array): Promise<Float32Array> {
-  let runtime: typeof import('onnxruntime-node');
-  try {
-    runtime = await import('onnxruntime-node');
-  } catch (cause) {
-    throw new HardmineError(
-      'ERR_ADDON',
-      'The check of an ONNX file needs onnxruntime-node, which could not be loaded: install it with ONNXRUNTIME_NODE_INSTALL=skip npm install onnxruntime-node.',
-      { cause },
-    );
-  }
+  const runtime = await loadOnnxRuntime('The check of an ONNX file');
   try {
     const session = await runtime.InferenceSession.create(path);
     try {

@@ -103,6 +103,7 @@ describe('command line', function () {
       'doctor',
       'train',
       'evaluate',
+      'align',
       'pack',
       'inspect',
       'embed',

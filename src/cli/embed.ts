@@ -5,10 +5,11 @@ import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { writeNpy } from '../formats/npy.js';
 import { FaceModel } from '../model.js';
+import { type AlignOptions, addAlignOptions, embedAligned, openAligner } from './align-options.js';
 import { type CommonOptions, makeCommand, output } from './command.js';
 import { addDeviceOptions, type DeviceOptions, deviceOf } from './device-options.js';
 
-interface Options extends CommonOptions, DeviceOptions {
+interface Options extends CommonOptions, DeviceOptions, AlignOptions {
   model: string;
   out: string;
 }
@@ -19,9 +20,13 @@ export function embedCommand(): Command {
     'Embed images (files, or folders of them) and write the raw embeddings as a NumPy array.',
     'hardmine embed photos/ --model runs/first/best.safetensors --out photos.npy',
   )
-    .argument('<images...>', '112x112 images, or folders of them in byte order')
+    .argument(
+      '<images...>',
+      '112x112 images, or folders of them in byte order; with --align photographs',
+    )
     .requiredOption('--model <file>', 'model (.safetensors)')
     .requiredOption('--out <file.npy>', 'float32 [images, embedding]; the paths go to file.txt');
+  addAlignOptions(command);
   addDeviceOptions(command);
   return command.action(embed);
 }
@@ -34,9 +39,11 @@ async function embed(inputs: string[], options: Options): Promise<void> {
     );
   }
   const paths = (await Promise.all(inputs.map(imagesOf))).flat();
+  await using aligner = await openAligner(options);
   const model = await FaceModel.load(options.model, deviceOf(options));
   try {
-    const embeddings = await model.embed(paths);
+    const embeddings =
+      aligner === null ? await model.embed(paths) : await embedAligned(model, aligner, paths);
     await writeFileAtomic(
       options.out.replace(/\.npy$/, '.txt'),
       paths.map((path) => `${path}\n`),

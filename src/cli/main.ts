@@ -1,6 +1,7 @@
 #!/usr/bin/env node
 import { readFileSync } from 'node:fs';
 import { Command, CommanderError } from 'commander';
+import { alignCommand } from './align.js';
 import { benchCommand } from './bench.js';
 import { EXIT, exitCodeOf, printError } from './command.js';
 import { demoCommand } from './demo.js';
@@ -31,6 +32,7 @@ function makeProgram(): Command {
     doctorCommand(),
     trainCommand(),
     evaluateCommand(),
+    alignCommand(),
     packCommand(),
     inspectCommand(),
     embedCommand(),

@@ -2,10 +2,11 @@ import { type Command, InvalidArgumentError } from 'commander';
 import { HardmineError } from '../errors.js';
 import { embedForPairs } from '../evaluate/pairs.js';
 import { FaceModel } from '../model.js';
+import { type AlignOptions, addAlignOptions, alignImages, openAligner } from './align-options.js';
 import { type CommonOptions, makeCommand, output } from './command.js';
 import { addDeviceOptions, type DeviceOptions, deviceOf } from './device-options.js';
 
-interface Options extends CommonOptions, DeviceOptions {
+interface Options extends CommonOptions, DeviceOptions, AlignOptions {
   model: string;
   threshold?: number;
 }
@@ -16,14 +17,15 @@ export function verifyCommand(): Command {
     'Say whether two images show the same person.',
     'hardmine verify a.jpg b.jpg --model runs/first/best.safetensors',
   )
-    .argument('<a>', '112x112 image')
-    .argument('<b>', '112x112 image')
+    .argument('<a>', '112x112 image; with --align a photograph')
+    .argument('<b>', 'another')
     .requiredOption('--model <file>', 'model (.safetensors)')
     .option(
       '--threshold <cosine>',
       'least similarity of one person, -1 to 1 (default: the one in the model)',
       cosine,
     );
+  addAlignOptions(command);
   addDeviceOptions(command);
   return command.action(verify);
 }
@@ -37,6 +39,7 @@ function cosine(text: string): number {
 }
 
 async function verify(a: string, b: string, options: Options): Promise<void> {
+  await using aligner = await openAligner(options);
   const model = await FaceModel.load(options.model, deviceOf(options));
   try {
     const threshold = options.threshold ?? model.info.threshold;
@@ -47,7 +50,8 @@ async function verify(a: string, b: string, options: Options): Promise<void> {
       );
     }
     // As in validation, where the threshold comes from: image and mirror image together.
-    const embeddings = await embedForPairs(model, { images: [a, b] });
+    const images = aligner === null ? [a, b] : await alignImages(aligner, [a, b]);
+    const embeddings = await embedForPairs(model, { images });
     const similarity = model.similarity(
       embeddings.subarray(0, model.embedding),
       embeddings.subarray(model.embedding),

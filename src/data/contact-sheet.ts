@@ -35,8 +35,8 @@ export async function writeContactSheet(set: ImageSet, path: string): Promise<vo
 
 async function thumbnail(set: ImageSet, index: number): Promise<Buffer | undefined> {
   try {
-    const { data, width, height } = await decodeAny(await set.read(index), set.name(index));
-    return await sharp(data, { raw: { width, height, channels: 3 } })
+    const { pixels, width, height } = await decodeAny(await set.read(index), set.name(index));
+    return await sharp(pixels, { raw: { width, height, channels: 3 } })
       .resize(SIDE, SIDE, { fit: 'contain', background: '#808080' })
       .png()
       .toBuffer();

@@ -2,7 +2,6 @@
 import { realpath, stat } from 'node:fs/promises';
 import { dirname, join, relative, resolve } from 'node:path';
 import { readVerificationBin } from '../formats/verification-bin.js';
-import { IMAGE_NAME, listFolder } from './image-folder.js';
 import {
   countIdentities,
   dataError,
@@ -13,6 +12,7 @@ import {
   quote,
 } from './image-source.js';
 import { mapBounded } from './images.js';
+import { IMAGE_NAME, listFolder } from './list-folder.js';
 import type { EvaluationSet } from './recognise.js';
 import { readRows } from './rows.js';
 

@@ -46,6 +46,32 @@ export async function openFile(path: string, what: string): Promise<FileHandle> 
   throw new HardmineError('ERR_DATA', `${path} is not a file: give ${what}.`);
 }
 
+/**
+ * Reads a whole file, refused before memory is taken when it is no file or has more than `maxBytes`.
+ * @param what it should be: 'an image file'
+ */
+export async function readFileBounded(
+  path: string,
+  maxBytes: number,
+  what: string,
+): Promise<Buffer> {
+  const file = await openFile(path, what);
+  try {
+    const { size } = await file.stat();
+    if (size > maxBytes) {
+      throw new HardmineError(
+        'ERR_DATA',
+        `${path} has ${size} bytes where ${what} has at most ${maxBytes}: remove it.`,
+      );
+    }
+    return await file.readFile();
+  } catch (error) {
+    throw ioError(path, 'read', error, `give ${what} that exists and may be read`);
+  } finally {
+    await file.close();
+  }
+}
+
 /** Whether anything stands at `path`. */
 export async function exists(path: string): Promise<boolean> {
   try {

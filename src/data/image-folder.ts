@@ -1,12 +1,10 @@
 /** Image folders: one sub-folder per identity, in it JPEG and PNG files and nothing else. */
-import { isUtf8 } from 'node:buffer';
 import { createHash } from 'node:crypto';
-import type { BigIntStats, Dirent } from 'node:fs';
-import { readdir, realpath, stat } from 'node:fs/promises';
-import { join, sep } from 'node:path';
-import { type DataOptions, ioError, throwIfAborted } from './files.js';
+import { realpath } from 'node:fs/promises';
+import { join } from 'node:path';
+import { type DataOptions, throwIfAborted } from './files.js';
 import { dataError, fileSet, type ImageFile, type ImageSource } from './image-source.js';
-import { mapBounded } from './images.js';
+import { IMAGE_NAME, listFolder } from './list-folder.js';
 
 interface DatedFile extends ImageFile {
   modifiedNs: bigint;
@@ -17,51 +15,6 @@ interface ImageFolder {
   names: string[];
   /** In byte order within each identity. */
   files: DatedFile[];
-}
-
-/** Names of the files that are read as images. */
-export const IMAGE_NAME = /\.(jpe?g|png)$/i;
-
-export interface Entry {
-  name: string;
-  stats: BigIntStats;
-}
-
-/** What a folder holds, hidden entries left out, in byte order; links are followed within `root` alone. */
-export async function listFolder(folder: string, root: string): Promise<Entry[]> {
-  let listed: Dirent<Buffer>[];
-  try {
-    listed = await readdir(folder, { withFileTypes: true, encoding: 'buffer' });
-  } catch (error) {
-    throw ioError(folder, 'read', error, 'give a folder that exists and may be read');
-  }
-  const named: Dirent<Buffer>[] = [];
-  for (const entry of listed) {
-    // Byte 0x2e is the leading dot of hidden files (.DS_Store, .git).
-    if (entry.name[0] === 0x2e) continue;
-    // biome-ignore lint/suspicious/noControlCharactersInRegex: names go into line-based files
-    if (!isUtf8(entry.name) || /[\u0000-\u001f\u007f]/.test(entry.name.toString())) {
-      throw dataError(
-        `${folder} holds a name that is not plain UTF-8 text (bytes ${entry.name.toString('hex')}): rename it.`,
-      );
-    }
-    named.push(entry);
-  }
-  named.sort((a, b) => Buffer.compare(a.name, b.name));
-  return mapBounded(named, async (entry) => {
-    const name = entry.name.toString();
-    const path = join(folder, name);
-    try {
-      if (entry.isSymbolicLink() && !(await realpath(path)).startsWith(root + sep)) {
-        throw dataError(
-          `${path} is a symbolic link that leaves ${root}: copy the files there or remove the link.`,
-        );
-      }
-      return { name, stats: await stat(path, { bigint: true }) };
-    } catch (error) {
-      throw ioError(path, 'read', error, 'remove it or give the right to read it');
-    }
-  });
 }
 
 /** Lists an image folder: one sub-folder per identity, in it JPEG and PNG files and nothing else. */

@@ -1,7 +1,7 @@
 /** Image files to pixels, by sharp: JPEG and PNG, EXIF rotation applied, sRGB, without alpha. */
 import sharp, { type Metadata, type Sharp } from 'sharp';
 import { HardmineError } from '../errors.js';
-import { ioError, openFile } from './files.js';
+import { readFileBounded } from './files.js';
 
 /** Side of the network's input in pixels. */
 export const SIDE = 112;
@@ -12,30 +12,16 @@ export const PIXEL_BYTES = SIDE * SIDE * 3;
 const MAX_FILE_BYTES = 64 * 2 ** 20;
 /** 16 megapixels: what is larger is a decompression bomb or a photograph that was never aligned. */
 const MAX_PIXELS = 16 * 2 ** 20;
+/** 64 megapixels: what cameras make today; decoded, such a photograph takes 192 MB. */
+const MAX_PHOTOGRAPH_PIXELS = 64 * 2 ** 20;
 /** Images in work at a time: libuv's pool has four threads, and twice that keeps them busy. */
 const IN_FLIGHT = 8;
 
-/** Reads a whole file, refused before memory is taken when it is no file or too large. */
-export async function readImageFile(path: string): Promise<Buffer> {
-  const file = await openFile(path, 'an image file');
-  try {
-    const { size } = await file.stat();
-    if (size > MAX_FILE_BYTES) {
-      throw new HardmineError(
-        'ERR_DATA',
-        `${path} has ${size} bytes where an image has at most ${MAX_FILE_BYTES}: remove it.`,
-      );
-    }
-    return await file.readFile();
-  } catch (error) {
-    throw ioError(path, 'read', error, 'give an image file that exists and may be read');
-  } finally {
-    await file.close();
-  }
-}
+export const readImageFile = (path: string): Promise<Buffer> =>
+  readFileBounded(path, MAX_FILE_BYTES, 'an image file');
 
 /** sharp on an image in memory; the first bytes decide, so that no loader but JPEG's and PNG's runs. */
-function openImage(bytes: Buffer, name: string): Sharp {
+function openImage(bytes: Buffer, name: string, maxPixels: number | false = MAX_PIXELS): Sharp {
   const jpeg = bytes.length > 3 && bytes.readUIntBE(0, 3) === 0xffd8ff;
   const png = bytes.length > 8 && bytes.toString('latin1', 0, 8) === '\x89PNG\r\n\x1a\n';
   if (!jpeg && !png) {
@@ -45,7 +31,7 @@ function openImage(bytes: Buffer, name: string): Sharp {
       `${name} is not a JPEG or PNG image (it ${found}): replace or remove it.`,
     );
   }
-  return sharp(bytes, { failOn: 'warning', limitInputPixels: MAX_PIXELS });
+  return sharp(bytes, { failOn: 'warning', limitInputPixels: maxPixels });
 }
 
 function undecodable(name: string, error: unknown): HardmineError {
@@ -67,10 +53,14 @@ export interface ImageInfo {
 }
 
 /** @throws ERR_DATA for anything but a JPEG or PNG of at most 16 megapixels; `name` is its name there */
-export async function imageInfo(bytes: Buffer, name: string): Promise<ImageInfo> {
+export async function imageInfo(
+  bytes: Buffer,
+  name: string,
+  maxPixels: number | false = MAX_PIXELS,
+): Promise<ImageInfo> {
   let metadata: Metadata;
   try {
-    metadata = await openImage(bytes, name).metadata();
+    metadata = await openImage(bytes, name, maxPixels).metadata();
   } catch (error) {
     throw undecodable(name, error);
   }
@@ -95,22 +85,45 @@ export function wrongSize(name: string, width: number, height: number): Hardmine
  * Decodes one 112x112 image in memory to RGB [112, 112, 3].
  * @throws ERR_DATA for what is no JPEG or PNG, is damaged or has another size; `name` is its name there
  */
-export async function decodeImage(bytes: Buffer, name: string): Promise<Buffer> {
+export async function decodeImage(bytes: Buffer, name: string): Promise<Uint8Array> {
   const { width, height } = await imageInfo(bytes, name);
   if (width !== SIDE || height !== SIDE) throw wrongSize(name, width, height);
-  return (await decodeAny(bytes, name)).data;
+  return (await decodeAny(bytes, name)).pixels;
+}
+
+/** RGB bytes [height, width, 3], EXIF rotation applied, sRGB of 8 bits, transparent parts black. */
+export interface Pixels {
+  pixels: Uint8Array;
+  width: number;
+  height: number;
 }
 
 /**
- * Decodes one image of up to 16 megapixels in memory to RGB [height, width, 3].
- * @throws ERR_DATA for what is no JPEG or PNG or is damaged; `name` is its name there
+ * Decodes a photograph of any size up to 64 megapixels: grey, CMYK and 16 bits a channel too.
+ * @throws ERR_DATA for what is no JPEG or PNG, is damaged or larger; `name` is its name there
+ */
+export async function decodePhotograph(bytes: Buffer, name: string): Promise<Pixels> {
+  const { width, height } = await imageInfo(bytes, name, false);
+  if (width * height > MAX_PHOTOGRAPH_PIXELS) {
+    throw new HardmineError(
+      'ERR_DATA',
+      `${name} is ${width}x${height} pixels where a photograph has at most ${MAX_PHOTOGRAPH_PIXELS / 2 ** 20} megapixels: reduce it first.`,
+    );
+  }
+  return decodeAny(bytes, name, MAX_PHOTOGRAPH_PIXELS);
+}
+
+/**
+ * Decodes one image of any size, by default of up to 16 megapixels.
+ * @throws ERR_DATA for what is no JPEG or PNG, is damaged or larger; `name` is its name there
  */
 export async function decodeAny(
   bytes: Buffer,
   name: string,
-): Promise<{ data: Buffer; width: number; height: number }> {
+  maxPixels = MAX_PIXELS,
+): Promise<Pixels> {
   try {
-    const { data, info } = await openImage(bytes, name)
+    const { data, info } = await openImage(bytes, name, maxPixels)
       .autoOrient()
       .toColourspace('srgb')
       .flatten()
@@ -118,11 +131,17 @@ export async function decodeAny(
       .toBuffer({ resolveWithObject: true });
     const { width, height } = info;
     if (data.length !== width * height * 3) throw new Error(`${data.length} bytes of pixels`);
-    return { data, width, height };
+    return { pixels: data, width, height };
   } catch (error) {
     throw undecodable(name, error);
   }
 }
+
+/** The JPEG of RGB pixels that loses least: quality 100, colour at full resolution. */
+export const encodeJpeg = ({ pixels, width, height }: Pixels): Promise<Buffer> =>
+  sharp(pixels, { raw: { width, height, channels: 3 } })
+    .jpeg({ quality: 100, chromaSubsampling: '4:4:4' })
+    .toBuffer();
 
 /**
  * Decodes 112x112 JPEG or PNG files.
@@ -138,25 +157,29 @@ export async function decodeImages(paths: readonly string[]): Promise<Uint8Array
   return pixels;
 }
 
-/** Runs `work` on every item, a few at a time; the first failure stops the rest and is thrown. */
+/**
+ * Runs `work` on every item, `inFlight` at a time; the first failure stops the rest and is thrown when
+ * what had begun has ended.
+ */
 export async function mapBounded<T, R>(
   items: readonly T[],
   work: (item: T, index: number) => Promise<R>,
+  inFlight = IN_FLIGHT,
 ): Promise<R[]> {
   const results = new Array<R>(items.length);
   const entries = items.entries();
-  let failed = false;
+  const failures: unknown[] = [];
   const lane = async (): Promise<void> => {
     for (const [index, item] of entries) {
-      if (failed) return;
+      if (failures.length > 0) return;
       try {
         results[index] = await work(item, index);
       } catch (error) {
-        failed = true;
-        throw error;
+        failures.push(error);
       }
     }
   };
-  await Promise.all(Array.from({ length: IN_FLIGHT }, lane));
+  await Promise.all(Array.from({ length: inFlight }, lane));
+  if (failures.length > 0) throw failures[0];
   return results;
 }

@@ -1,7 +1,6 @@
 /** Packing: any set that can be trained on to RecordIO as InsightFace lays it out. */
 import { stat } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
-import sharp from 'sharp';
 import { HardmineError } from '../errors.js';
 import {
   type PackedFiles,
@@ -14,7 +13,7 @@ import { type DataOptions, throwIfAborted } from './files.js';
 import { folderSource } from './image-folder.js';
 import { imageListSource } from './image-list.js';
 import { dataError, type ImageSource, withoutIdentities } from './image-source.js';
-import { decodeImage, imageInfo, mapBounded, SIDE } from './images.js';
+import { decodeImage, encodeJpeg, imageInfo, mapBounded, SIDE } from './images.js';
 import { msCelebSource } from './ms-celeb.js';
 import { openPacked, openRecords, recordSource } from './packed-set.js';
 import { isDirectory, recognise, type TrainingSet, trainingOnly } from './recognise.js';
@@ -29,9 +28,7 @@ async function prepare(bytes: Buffer, name: string): Promise<Buffer | string> {
   const info = await imageInfo(bytes, name);
   if (info.width !== SIDE || info.height !== SIDE) return `${info.width}x${info.height}`;
   if (info.plainJpeg) return bytes;
-  return sharp(await decodeImage(bytes, name), { raw: { width: SIDE, height: SIDE, channels: 3 } })
-    .jpeg({ quality: 100, chromaSubsampling: '4:4:4' })
-    .toBuffer();
+  return encodeJpeg({ pixels: await decodeImage(bytes, name), width: SIDE, height: SIDE });
 }
 
 /**

@@ -1,6 +1,9 @@
-/** NumPy's .npy, version 1.0, for float32 matrices. */
+/** NumPy's .npy: float32 matrices written as version 1.0, single Python objects read. */
 import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from './atomic.js';
+import { PickledArray, type PickleValue, readPickle } from './pickle.js';
+
+const MAGIC = '\x93NUMPY';
 
 /**
  * Writes a float32 matrix [rows, columns] in C order, whole or not at all.
@@ -31,9 +34,47 @@ function npyHeader(rows: number, columns: number): Uint8Array {
   const prefixBytes = 10;
   const total = Math.ceil((prefixBytes + dictionary.length + 1) / 64) * 64;
   const header = Buffer.alloc(total, ' ');
-  header.write('\x93NUMPY\x01\x00', 0, 'latin1');
+  header.write(`${MAGIC}\x01\x00`, 0, 'latin1');
   header.writeUInt16LE(total - prefixBytes, 8);
   header.write(dictionary, prefixBytes, 'latin1');
   header.write('\n', total - 1, 'latin1');
   return header;
+}
+
+/**
+ * The one object of a .npy that numpy.save made of a dictionary or the like: version 1.0 or 2.0, an
+ * object array without dimensions, pickled.
+ *
+ * @param name of the file, for messages
+ * @throws HardmineError ERR_FORMAT for every other .npy and for a pickle that is more than plain data.
+ */
+export function readNpyObject(bytes: Uint8Array, name: string): PickleValue {
+  const file = Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length);
+  const fail = (what: string): never => {
+    throw new HardmineError(
+      'ERR_FORMAT',
+      `${name} ${what}: give a .npy file in which numpy.save put one dictionary.`,
+    );
+  };
+  if (file.length < 12 || file.toString('latin1', 0, 6) !== MAGIC) {
+    fail('is no .npy file');
+  }
+  const version = `${file[6]}.${file[7]}`;
+  if (version !== '1.0' && version !== '2.0') {
+    fail(`is a .npy of version ${version} where 1.0 or 2.0 is expected`);
+  }
+  const [start, length] =
+    version === '1.0' ? [10, file.readUInt16LE(8)] : [12, file.readUInt32LE(8)];
+  if (length > file.length - start) {
+    fail(`announces a header of ${length} bytes but has ${file.length - start} left`);
+  }
+  const header = file.toString('latin1', start, start + length);
+  if (!/^\{'descr': '\|O', 'fortran_order': (True|False), 'shape': \(\), \}\s*$/.test(header)) {
+    fail(`holds ${header.trim().slice(0, 100)} where one Python object is expected`);
+  }
+  const array = readPickle(file.subarray(start + length), name);
+  if (!(array instanceof PickledArray) || array.objects.length !== 1) {
+    return fail('holds something else than its header says');
+  }
+  return array.objects[0]!;
 }

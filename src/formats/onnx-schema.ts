@@ -51,7 +51,7 @@ const messages: Record<string, Record<string, Field>> = {
 };
 
 export const AttributeType = { int: 2, ints: 7 } as const;
-export const DataType = { float: 1 } as const;
+export const DataType = { float: 1, uint8: 2 } as const;
 
 function buildSchema(): protobuf.Root {
   const root = new protobuf.Root();

@@ -1,39 +1,14 @@
 /**
- * Writes a network as ONNX (opset 17), batch-norm folded into the convolutions, so that what it
+ * Writes a network as ONNX, batch-norm folded into the convolutions, so that what it
  * computes is the network's inference and nothing else.
  */
 import { HardmineError } from '../errors.js';
 import type { NativeNode } from '../native.js';
-import { AttributeType, DataType, ModelProto } from './onnx-schema.js';
+import { OnnxGraph } from './onnx-graph.js';
 import type { TensorMap } from './safetensors.js';
 
-const OPSET = 17;
-/** The IR version that came with opset 17 (ONNX 1.12); runtimes refuse files newer than themselves. */
-const IR_VERSION = 8;
 /** torch's default, as core/network.h has it. */
 export const BATCH_NORM_EPSILON = 1e-5;
-
-interface Attribute {
-  name: string;
-  type: number;
-  i?: number;
-  ints?: number[];
-}
-
-interface GraphNode {
-  opType: string;
-  name: string;
-  input: string[];
-  output: string[];
-  attribute?: Attribute[];
-}
-
-interface Initializer {
-  name: string;
-  dataType: number;
-  dims: number[];
-  rawData: Uint8Array;
-}
 
 /**
  * The bytes of an ONNX model with the input 'input', float [N, 3, size, size] of normalised RGB, and
@@ -57,26 +32,9 @@ export function encodeOnnx(
       'The ONNX writer needs a network that ends in a linear layer.',
     );
   }
-  const graph: GraphNode[] = [];
-  const initializers: Initializer[] = [];
+  const graph = new OnnxGraph();
   /** Name of the value that each node gives. */
   const values: string[] = [];
-
-  const initializer = (name: string, dims: number[], data: Float32Array): string => {
-    const rawData = new Uint8Array(data.buffer, data.byteOffset, data.byteLength);
-    initializers.push({ name, dataType: DataType.float, dims, rawData });
-    return name;
-  };
-  const add = (
-    opType: string,
-    name: string,
-    input: string[],
-    attribute: Attribute[] = [],
-    output = name,
-  ): string => {
-    graph.push({ opType, name, input, output: [output], attribute });
-    return output;
-  };
 
   for (const [index, node] of nodes.entries()) {
     const input = node.input < 0 ? 'input' : values[node.input]!;
@@ -85,13 +43,13 @@ export function encodeOnnx(
         const norm = foldedNorm(nodes, index);
         const { weight, bias } = foldBatchNorm(node, norm, tensors);
         const dims = [node.outChannels, node.inChannels, node.kernel, node.kernel];
-        values[index] = add(
+        values[index] = graph.add(
           'Conv',
           node.name,
           [
             input,
-            initializer(`${node.name}.weight`, dims, weight),
-            initializer(`${node.name}.bias`, [node.outChannels], bias),
+            graph.initializer(`${node.name}.weight`, dims, weight),
+            graph.initializer(`${node.name}.bias`, [node.outChannels], bias),
           ],
           window(node),
         );
@@ -100,58 +58,50 @@ export function encodeOnnx(
       case 'batch_norm': {
         let value = input; // the convolution's, which holds the batch-norm already
         if (node.residual >= 0) {
-          value = add('Add', `${node.name}.add`, [value, values[node.residual]!]);
+          value = graph.add('Add', `${node.name}.add`, [value, values[node.residual]!]);
         }
-        if (node.activation === 'relu') value = add('Relu', `${node.name}.relu`, [value]);
+        if (node.activation === 'relu') value = graph.add('Relu', `${node.name}.relu`, [value]);
         values[index] = value;
         break;
       }
       case 'max_pool':
-        values[index] = add('MaxPool', node.name, [input], window(node));
+        values[index] = graph.add('MaxPool', node.name, [input], window(node));
         break;
       case 'global_average_pool':
-        values[index] = add('Flatten', `${node.name}.flatten`, [
-          add('GlobalAveragePool', node.name, [input]),
+        values[index] = graph.add('Flatten', `${node.name}.flatten`, [
+          graph.add('GlobalAveragePool', node.name, [input]),
         ]);
         break;
       case 'linear':
-        values[index] = add(
+        values[index] = graph.add(
           'Gemm',
           node.name,
           [
             input,
-            initializer(
+            graph.initializer(
               `${node.name}.weight`,
               [node.outChannels, node.inChannels],
               values32(tensors, `${node.name}.weight`),
             ),
-            initializer(
+            graph.initializer(
               `${node.name}.bias`,
               [node.outChannels],
               values32(tensors, `${node.name}.bias`),
             ),
           ],
-          [{ name: 'transB', type: AttributeType.int, i: 1 }],
+          { transB: 1 },
           'embedding',
         );
         break;
     }
   }
-  return ModelProto.encode(
-    ModelProto.fromObject({
-      irVersion: IR_VERSION,
-      producerName: 'hardmine',
-      opsetImport: [{ domain: '', version: OPSET }],
-      metadataProps: [...metadata].map(([key, value]) => ({ key, value })),
-      graph: {
-        name: 'embedding',
-        node: graph,
-        initializer: initializers,
-        input: [floatValue('input', [first.inChannels, first.inSize, first.inSize])],
-        output: [floatValue('embedding', [last.outChannels])],
-      },
-    }),
-  ).finish();
+  const { inChannels, inSize } = first;
+  return graph.encode(
+    'embedding',
+    [{ name: 'input', type: 'float', sizes: ['N', inChannels, inSize, inSize] }],
+    [{ name: 'embedding', type: 'float', sizes: ['N', last.outChannels] }],
+    metadata,
+  );
 }
 
 /** The batch-norm into which alone the convolution at `index` leads. */
@@ -196,21 +146,10 @@ function values32(tensors: TensorMap, name: string): Float32Array {
   return tensor.data;
 }
 
-function window({ kernel, stride, padding }: NativeNode): Attribute[] {
-  const ints = (name: string, values: number[]) => ({
-    name,
-    type: AttributeType.ints,
-    ints: values,
-  });
-  return [
-    ints('kernel_shape', [kernel, kernel]),
-    ints('strides', [stride, stride]),
-    ints('pads', [padding, padding, padding, padding]),
-  ];
-}
-
-/** A float tensor whose first dimension is the batch. */
-function floatValue(name: string, sizes: number[]) {
-  const dim = [{ dimParam: 'N' }, ...sizes.map((dimValue) => ({ dimValue }))];
-  return { name, type: { tensorType: { elemType: DataType.float, shape: { dim } } } };
+function window({ kernel, stride, padding }: NativeNode): Record<string, readonly number[]> {
+  return {
+    kernel_shape: [kernel, kernel],
+    strides: [stride, stride],
+    pads: [padding, padding, padding, padding],
+  };
 }

@@ -6,7 +6,7 @@ import type { FileHandle } from 'node:fs/promises';
 import { mkdir, readdir, readFile, rename, rm } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
-import { writeFileAtomic } from './atomic.js';
+import { isRunning, writeFileAtomic } from './atomic.js';
 
 const NOTE = 'progress.json';
 
@@ -78,13 +78,7 @@ export async function takeOver(
 
 function isAbandoned(owner: string): boolean {
   const pid = Number.parseInt(owner, 10);
-  if (Number.isNaN(pid)) return owner === STOPPED;
-  try {
-    process.kill(pid, 0);
-    return false;
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code === 'ESRCH';
-  }
+  return Number.isNaN(pid) ? owner === STOPPED : !isRunning(pid);
 }
 
 async function readNote(temporary: string): Promise<Progress | undefined> {

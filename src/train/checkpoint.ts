@@ -8,7 +8,7 @@ import { mkdir, open, readdir, readFile, rename, rm, stat } from 'node:fs/promis
 import { join } from 'node:path';
 import { z } from 'zod';
 import { HardmineError } from '../errors.js';
-import { syncFolder } from '../formats/atomic.js';
+import { isRunning, syncFolder } from '../formats/atomic.js';
 import {
   encodeSafetensors,
   readSafetensors,
@@ -284,14 +284,5 @@ export async function removeStale(folder: string): Promise<void> {
     if (Number.isSafeInteger(pid) && (pid === process.pid || !isRunning(pid))) {
       await rm(join(folder, name), { recursive: true, force: true });
     }
-  }
-}
-
-function isRunning(pid: number): boolean {
-  try {
-    process.kill(pid, 0);
-    return true;
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code === 'EPERM'; // someone else's, but running
   }
 }

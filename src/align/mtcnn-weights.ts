@@ -1,0 +1,70 @@
+/** MTCNN's weights as the facenet project publishes them: det1.npy, det2.npy and det3.npy. */
+import { join } from 'node:path';
+import { exists, readFileBounded } from '../data/files.js';
+import { HardmineError } from '../errors.js';
+import { readNpyObject } from '../formats/npy.js';
+import { PickledArray, type PickleValue } from '../formats/pickle.js';
+import type { NetworkName } from './mtcnn-networks.js';
+import { encodeNetwork, type LayerTensor, type LayerWeights, NETWORKS } from './mtcnn-networks.js';
+
+/** The largest, det3.npy, has 1.5 MB. */
+const MAX_BYTES = 16 * 2 ** 20;
+
+/** Where the weights come from, for whoever lacks them. */
+export const WEIGHTS_SOURCE =
+  'det1.npy, det2.npy and det3.npy are published by the facenet project in its folder src/align (github.com/davidsandberg/facenet, MIT licence)';
+
+/**
+ * The three networks of a folder with det1.npy, det2.npy and det3.npy, as ONNX.
+ *
+ * @throws HardmineError ERR_DATA when a file is not there, saying where it is published; ERR_IO,
+ *   ERR_FORMAT when it is damaged or holds other layers
+ */
+export async function readNetworks(folder: string): Promise<Record<NetworkName, Uint8Array>> {
+  const networks = {} as Record<NetworkName, Uint8Array>;
+  for (const name of Object.keys(NETWORKS) as NetworkName[]) {
+    const path = join(folder, `${name}.npy`);
+    if (!(await exists(path))) {
+      throw new HardmineError(
+        'ERR_DATA',
+        `${path} does not exist: ${WEIGHTS_SOURCE}; put them into one folder and give it as --mtcnn.`,
+      );
+    }
+    const bytes = await readFileBounded(path, MAX_BYTES, "a file of MTCNN's weights");
+    networks[name] = encodeNetwork(name, layersOf(readNpyObject(bytes, path)), path);
+  }
+  return networks;
+}
+
+/** A dictionary of dictionaries of float32 arrays; whatever else it holds is left out, to be missed. */
+function layersOf(value: PickleValue): LayerWeights {
+  const layers = new Map<string, Map<string, LayerTensor>>();
+  for (const [layer, parts] of value instanceof Map ? value : []) {
+    const tensors = new Map<string, LayerTensor>();
+    for (const [part, array] of parts instanceof Map ? parts : []) {
+      if (array instanceof PickledArray && array.dtype === '<f4') {
+        tensors.set(String(part), { shape: array.shape, data: valuesInOrder(array) });
+      }
+    }
+    layers.set(String(layer), tensors);
+  }
+  return layers;
+}
+
+/** The values of a float32 array row after row, however they are stored. */
+function valuesInOrder({ shape, fortranOrder, data }: PickledArray): Float32Array {
+  // A copy: the bytes lie anywhere in the file, floats must begin at a multiple of four.
+  const stored = new Float32Array(new Uint8Array(data).buffer);
+  if (!fortranOrder) return stored;
+  // Stored column after column: counting with the first index fastest walks the file.
+  const steps = shape.map((_, axis) => shape.slice(axis + 1).reduce((a, b) => a * b, 1));
+  const index = shape.map(() => 0);
+  const values = new Float32Array(stored.length);
+  for (const value of stored) {
+    values[index.reduce((at, i, axis) => at + i * steps[axis]!, 0)] = value;
+    for (let axis = 0; axis < shape.length && ++index[axis]! === shape[axis]; axis++) {
+      index[axis] = 0;
+    }
+  }
+  return values;
+}
