@@ -70,6 +70,16 @@ export const configSchema = z.strictObject({
     .min(1)
     .exactOptional()
     .describe("LFW's pairs.txt (default: the one in `lfw`)"),
+  ytf: z
+    .string()
+    .min(1)
+    .exactOptional()
+    .describe('folder of aligned YouTube Faces frames, evaluated once at the end'),
+  ytfSplits: z
+    .string()
+    .min(1)
+    .exactOptional()
+    .describe("YouTube Faces' splits.txt (default: the one in `ytf`)"),
 
   loss: z
     .enum(['softmax', 'a-softmax', 'arcface', 'cosface', 'combined'])
@@ -213,7 +223,7 @@ const HARD_MINING = {
   reduction: 'sample',
 } as const;
 
-const PATH_KEYS = ['data', 'out', 'lfw', 'lfwPairs'] as const;
+const PATH_KEYS = ['data', 'out', 'lfw', 'lfwPairs', 'ytf', 'ytfSplits'] as const;
 
 /**
  * Keys that may differ between a run and its resumption: where things lie, how the work is done and
@@ -224,6 +234,8 @@ const FREE_ON_RESUME: ReadonlySet<keyof Config> = new Set<keyof Config>([
   'out',
   'lfw',
   'lfwPairs',
+  'ytf',
+  'ytfSplits',
   'epochs',
   'device',
   'threads',
@@ -368,6 +380,11 @@ export function resolveConfig(input: unknown): Config {
   if (parsed.lfwPairs !== undefined && parsed.lfw === undefined) {
     throw configError(
       'the configuration has "lfwPairs" but lacks "lfw": give the folder of LFW images as --lfw',
+    );
+  }
+  if (parsed.ytfSplits !== undefined && parsed.ytf === undefined) {
+    throw configError(
+      'the configuration has "ytfSplits" but lacks "ytf": give the folder of YouTube Faces as --ytf',
     );
   }
   return filled as Config;

@@ -19,12 +19,24 @@ export {
 } from './data/dataset.js';
 export { type Device, devices } from './devices.js';
 export { type ErrorCode, HardmineError } from './errors.js';
+export { type BinResult, type EvaluateBin, evaluateBin } from './evaluate/bin.js';
+export { type CfpResult, type EvaluateCfp, evaluateCfp } from './evaluate/cfp.js';
+export {
+  type EvaluateIdentification,
+  evaluateIdentification,
+  type IdentificationResult,
+} from './evaluate/identification.js';
+export type { AlignFace } from './evaluate/image-source.js';
 export { type EvaluateLfw, evaluateLfw, type LfwResult } from './evaluate/lfw.js';
+export type { ScoreModel } from './evaluate/pairs.js';
+export type { ProtocolName } from './evaluate/protocols.js';
+export { type McNemar, mcnemar } from './evaluate/statistics.js';
 export {
   type LabelledDistances,
   type VerificationResult,
   verification,
 } from './evaluate/verification.js';
+export { type Aggregate, type EvaluateYtf, evaluateYtf, type YtfResult } from './evaluate/ytf.js';
 export {
   type HeadInput,
   type HeadOutput,

@@ -1,6 +1,5 @@
 /** Training as an async iterator of typed events: thin, the work is native. */
 import { createHash } from 'node:crypto';
-import { readFile, stat } from 'node:fs/promises';
 import { availableParallelism } from 'node:os';
 import { dirname, join } from 'node:path';
 import {
@@ -12,15 +11,16 @@ import {
   resolveConfig,
 } from './config.js';
 import { type DataProgress, type Dataset, openDataset } from './data/dataset.js';
+import { exists } from './data/files.js';
 import { decodeImages } from './data/images.js';
 import { splitIdentities, validationPairs } from './data/split.js';
 import { HardmineError } from './errors.js';
-import { evaluateLfw, findImages, type LfwResult, parseLfwPairs } from './evaluate/lfw.js';
+import { readLfwPairs } from './evaluate/lfw.js';
 import { embedForPairs, evaluatePairs, type VerificationPair } from './evaluate/pairs.js';
 import { bestThreshold } from './evaluate/verification.js';
 import type { TensorMap } from './formats/safetensors.js';
 import { expectedFirstLoss, resolveLoss } from './loss.js';
-import { FaceModel, type ModelInfo, writeModel } from './model.js';
+import { type ModelInfo, writeModel } from './model.js';
 import {
   chooseDevice,
   type NativeBatches,
@@ -39,6 +39,13 @@ import {
   removeStale,
   writeCheckpoint,
 } from './train/checkpoint.js';
+import {
+  checkEvaluation,
+  evaluateBest,
+  evaluationFigures,
+  type FinalResult,
+  isPairsFile,
+} from './train/evaluation.js';
 import {
   checkFirstLoss,
   Health,
@@ -87,10 +94,10 @@ export interface ValidationEvent {
   best: boolean;
 }
 
-/** LFW at the end, by the best model. */
+/** LFW or YouTube Faces at the end, by the best model; `result.dataset` says which. */
 export interface EvaluationEvent {
   type: 'evaluation';
-  result: LfwResult;
+  result: FinalResult;
   model: string;
 }
 
@@ -551,40 +558,21 @@ export class Trainer {
     return { type: 'checkpoint', step: this.step, path };
   }
 
-  /** LFW, once, by the best model, and the report. */
+  /** LFW and YouTube Faces, once, by the best model, and the report. */
   private async *finish(signal: AbortSignal | undefined): AsyncGenerator<TrainerEvent, void, void> {
     const { config, directory, environment } = this.parts;
     if (this.checkpointed !== this.step) yield await this.checkpoint();
     // Written last: where it stands, the run is finished.
     if (await exists(directory.file('report.html'))) return;
-    let evaluation: LfwResult | null = null;
-    if (evaluatesLfw(config)) {
-      const model = directory.file('best.safetensors');
-      evaluation = await evaluateBest(model, config, signal);
-      const { details: _, ...figures } = evaluation;
-      await directory.writeJson('evaluation.json', { ...figures, model });
-      yield { type: 'evaluation', result: evaluation, model };
+    const model = directory.file('best.safetensors');
+    const evaluations: FinalResult[] = [];
+    for await (const result of evaluateBest(model, config, signal)) {
+      evaluations.push(result);
+      await directory.writeJson('evaluation.json', evaluationFigures(evaluations, model));
+      yield { type: 'evaluation', result, model };
     }
     const { validations, seconds } = this;
-    await writeRunReport(directory, { config, environment, validations, seconds, evaluation });
-  }
-}
-
-async function evaluateBest(
-  path: string,
-  config: Config,
-  signal: AbortSignal | undefined,
-): Promise<LfwResult> {
-  const { device, threads, lfw, lfwPairs } = config;
-  const model = await FaceModel.load(path, { device, precision: 'fp32', threads });
-  try {
-    return await evaluateLfw(model, {
-      root: lfw!,
-      ...(lfwPairs && { pairs: lfwPairs }),
-      ...(signal && { signal }),
-    });
-  } finally {
-    await model.dispose();
+    await writeRunReport(directory, { config, environment, validations, seconds, evaluations });
   }
 }
 
@@ -600,40 +588,6 @@ function progressOf(stats: readonly NativeStepStats[]): Progress {
       amplified: amplified / rows,
     })),
   );
-}
-
-async function exists(path: string): Promise<boolean> {
-  return stat(path).then(
-    () => true,
-    () => false,
-  );
-}
-
-function isPairsFile(config: Config): boolean {
-  return config.validation !== 'identities' && config.validation !== 'none';
-}
-
-/** Whether LFW is evaluated at the end; `lfw` may also be given for a validation on its pairs alone. */
-function evaluatesLfw(config: Config): boolean {
-  return config.lfw !== undefined && (config.lfwPairs !== undefined || !isPairsFile(config));
-}
-
-/** What the end of a long run needs is looked at before its start. */
-async function checkEvaluation(config: Config): Promise<void> {
-  if (!evaluatesLfw(config)) return;
-  await readPairs(config.lfwPairs ?? join(config.lfw!, 'pairs.txt'), config.lfw!);
-}
-
-async function readPairs(list: string, root: string) {
-  const text = await readFile(list, 'utf8').catch((cause: unknown) => {
-    throw new HardmineError(
-      'ERR_PROTOCOL',
-      `the list of pairs ${list} cannot be read: give LFW's pairs.txt as --lfw-pairs`,
-      { cause },
-    );
-  });
-  const { images, pairs } = parseLfwPairs(text, list);
-  return { paths: await findImages(root, images), pairs };
 }
 
 interface Resumption {
@@ -714,7 +668,7 @@ async function validationOf(
 ): Promise<Validation | null> {
   if (heldOut) return heldOutValidation(config, dataset, heldOut, session);
   if (!isPairsFile(config)) return null;
-  const { paths, pairs } = await readPairs(config.validation, config.lfw!);
+  const { paths, pairs } = await readLfwPairs(config.lfw!, config.validation, '--validation');
   const model = {
     embedding: config.embedding,
     async embed(images: Uint8Array | string[], { mirror = false } = {}): Promise<Float32Array> {

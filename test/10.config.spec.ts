@@ -141,6 +141,7 @@ describe('configuration', () => {
   it('asks for the images that a list of pairs is about', () => {
     assert.match(complaint({ ...MINIMUM, validation: 'pairs.txt' }), /"lfw"/);
     assert.match(complaint({ ...MINIMUM, lfwPairs: 'pairs.txt' }), /"lfw"/);
+    assert.match(complaint({ ...MINIMUM, ytfSplits: 'splits.txt' }), /"ytf"/);
     const { validation } = resolveConfig({ ...MINIMUM, validation: 'pairs.txt', lfw: 'lfw' });
     assert.equal(validation, resolve('pairs.txt'));
   });

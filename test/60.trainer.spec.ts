@@ -1,5 +1,14 @@
 import assert from 'node:assert/strict';
-import { mkdtemp, readdir, readFile, rm, stat, truncate, writeFile } from 'node:fs/promises';
+import {
+  mkdtemp,
+  readdir,
+  readFile,
+  rename,
+  rm,
+  stat,
+  truncate,
+  writeFile,
+} from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { monitorEventLoopDelay } from 'node:perf_hooks';
@@ -10,6 +19,7 @@ import { readSafetensors } from '../src/formats/safetensors.js';
 import * as api from '../src/index.js';
 import { expectedFirstLoss, resolveLoss } from '../src/loss.js';
 import { checkpointName } from '../src/train/checkpoint.js';
+import { evaluationFigures } from '../src/train/evaluation.js';
 import { checkFirstLoss, Health, meanProgress, type Progress } from '../src/train/health.js';
 import { Trainer, type TrainerEvent } from '../src/trainer.js';
 import {
@@ -18,6 +28,7 @@ import {
   runTraining,
   smallConfig,
   writeLfw,
+  writeYtf,
 } from './helpers/small-training.js';
 
 type Of<Type extends TrainerEvent['type']> = Extract<TrainerEvent, { type: Type }>;
@@ -297,6 +308,39 @@ describe('training', function () {
     assert.deepEqual(eventsOf(events, 'evaluation'), []);
   });
 
+  it('evaluates YouTube Faces after LFW, once, and has one object for each', async () => {
+    const lfw = out('lfw-and-ytf');
+    await writeLfw(data, lfw);
+    const ytf = out('ytf');
+    const ytfSplits = join(folder, 'other-splits.txt');
+    await rename(await writeYtf(data, ytf), ytfSplits);
+    const { events, error } = await runTraining(config('both', { epochs: 1, lfw, ytf, ytfSplits }));
+    assert.ifError(error);
+    const evaluations = eventsOf(events, 'evaluation');
+    assert.deepEqual(
+      evaluations.map(({ result }) => [result.dataset, result.pairs]),
+      [
+        ['lfw', 24],
+        ['ytf', 16],
+      ],
+    );
+    const saved = JSON.parse(await readFile(join(out('both'), 'evaluation.json'), 'utf8'));
+    assert.deepEqual(Object.keys(saved), ['lfw', 'ytf']);
+    assert.equal(saved.lfw.auc, evaluations[0]!.result.auc);
+    assert.equal(saved.ytf.auc, evaluations[1]!.result.auc);
+    assert.deepEqual(saved.ytf.frames, { sampling: 'all', perVideo: null, used: 68 });
+    assert.equal(saved.ytf.model, join(out('both'), 'best.safetensors'));
+    const report = await readFile(join(out('both'), 'report.html'), 'utf8');
+    assert.match(report, /<caption>24 pairs of lfw<\/caption>/);
+    assert.match(report, /<caption>16 pairs of ytf<\/caption>/);
+
+    const [lfwResult, ytfResult] = evaluations.map(({ result }) => result);
+    assert.deepEqual(Object.keys(evaluationFigures([ytfResult!], 'm')!), ['ytf']);
+    const { details: _, ...lfwFigures } = lfwResult!;
+    assert.deepEqual(evaluationFigures([lfwResult!], 'm'), { ...lfwFigures, model: 'm' });
+    assert.equal(evaluationFigures([], 'm'), null);
+  });
+
   it('leaves the event loop free', async () => {
     const delay = monitorEventLoopDelay({ resolution: 1 });
     const trainer = await Trainer.create(config('free', { epochs: 3 }));
@@ -325,6 +369,14 @@ describe('training', function () {
 
     it('for want of a list of pairs says so before it trains', async () => {
       await refused({ lfw: out('no-lfw') }, { code: 'ERR_PROTOCOL', message: /pairs\.txt/ });
+      await refused({ ytf: out('no-ytf') }, { code: 'ERR_PROTOCOL', message: /splits\.txt/ });
+      const ytf = out('ytf-with-a-gap');
+      await writeYtf(data, ytf);
+      await rm(join(ytf, 'aligned_images_DB', 'Person_2'), { recursive: true });
+      await refused(
+        { ytf },
+        { code: 'ERR_PROTOCOL', message: /2 of 17 videos are missing.*Person_2/ },
+      );
     });
 
     it('for a margin that its loss does not have', async () => {

@@ -2,11 +2,11 @@ import assert from 'node:assert/strict';
 import type { ErrorCode } from '../src/errors.js';
 import { HardmineError } from '../src/errors.js';
 import { evaluatePairs } from '../src/evaluate/pairs.js';
+import { wilsonInterval } from '../src/evaluate/statistics.js';
 import {
   bestThreshold,
   type LabelledDistances,
   verification,
-  wilsonInterval,
 } from '../src/evaluate/verification.js';
 
 /** Both sides compute the same real number by a few operations on numbers below 1. */

@@ -214,8 +214,8 @@ describe('evaluateLfw', function () {
     assert.equal(result.auc, 1);
     const { details, ...json } = result;
     assert.deepEqual(Object.keys(json).sort(), [
-      ...['accuracy', 'auc', 'confidence95', 'dataset', 'eer', 'flip', 'missing', 'pairs'],
-      ...['protocol', 'score', 'tarAtFar', 'thresholds'],
+      ...['accuracy', 'auc', 'bootstrap95', 'confidence95', 'dataset', 'eer', 'flip', 'missing'],
+      ...['pairs', 'protocol', 'score', 'tarAtFar', 'thresholds', 'valAtFar'],
     ]);
     assert.deepEqual([json.dataset, json.missing, json.pairs], ['lfw', 0, 8]);
     const worst = details.hardestImpostors[0]!;
@@ -282,6 +282,22 @@ describe('evaluateLfw', function () {
         message,
       });
     }
+  });
+
+  it('aligns images where told how, and judges those without a face as two people', async () => {
+    await writeFile(path('Ann', 2), await face('Ann', 2, 150));
+    const align = (without: string) => async (file: string) => {
+      if (file.endsWith(without)) return null;
+      return new Uint8Array(await sharp(file).resize(112, 112).removeAlpha().raw().toBuffer());
+    };
+    const all = await evaluateLfw(new MeanColour(), { root, align: align('none') });
+    assert.deepEqual([all.missing, all.accuracy.mean], [0, 1]);
+    const result = await evaluateLfw(new MeanColour(), { root, align: align('Ann_0002.jpg') });
+    assert.equal(result.missing, 1);
+    // Of Ann's second image the genuine pair (0) is wrong now and the impostor pair (3) right.
+    assert.deepEqual([...result.details.right], [0, 1, 1, 1, 1, 1, 1, 1]);
+    assert.deepEqual([result.details.distances[0], result.details.distances[3]], [4, 4]);
+    assert.ok(result.details.notes.some((note) => note.startsWith('No face was found in 1 of 7')));
   });
 
   it('stops at the next batch when told to', async () => {

@@ -219,14 +219,47 @@ describe('command line', function () {
         report,
       );
       assert.deepEqual(Object.keys(result).sort(), [
-        ...['accuracy', 'auc', 'confidence95', 'dataset', 'eer', 'flip', 'missing', 'model'],
-        ...['pairs', 'protocol', 'score', 'tarAtFar', 'thresholds'],
+        ...['accuracy', 'auc', 'bootstrap95', 'confidence95', 'dataset', 'eer', 'flip', 'missing'],
+        ...['model', 'pairs', 'protocol', 'score', 'tarAtFar', 'thresholds', 'valAtFar'],
       ]);
       assert.equal(result['pairs'], 24);
       assert.match(await readFile(report, 'utf8'), /^<!doctype html>/i);
       await rm(at('lfw', 'Person_03'), { recursive: true });
       const message = await complaint(1, 'evaluate', '--model', model, '--lfw', at('lfw'));
       assert.match(message, /missing.*Person_03_0004\.jpg/);
+    });
+
+    it('compares two models, identifies, and evaluates by other protocols', async () => {
+      await writeLfw(faces, at('lfw'));
+      const lfw = ['evaluate', '--model', model, '--lfw', at('lfw')];
+      const both = await json(...lfw, '--compare', model, '--protocol', 'sphereface');
+      assert.equal(both['protocol'], 'sphereface');
+      const { mcnemar, accuracy, model: other } = both['compare'] as Record<string, unknown>;
+      assert.deepEqual(mcnemar, {
+        onlyFirst: 0,
+        onlySecond: 0,
+        method: 'exact',
+        p: 1,
+        distinguishable: false,
+      });
+      assert.deepEqual([accuracy, other], [both['accuracy'], model]);
+      const { code, stdout } = await hardmine(...lfw, '--compare', model);
+      assert.equal(code, 0);
+      assert.match(stdout, /McNemar's test \(exact\) p = 1\.00: they cannot be told apart\n$/);
+      const found = await json(...lfw, '--identification');
+      assert.deepEqual([found['gallery'], found['probes']], [PEOPLE, PEOPLE * (IMAGES - 1)]);
+    });
+
+    it('refuses what does not go together', async () => {
+      const start = ['evaluate', '--model', model];
+      const refused: [string[], RegExp][] = [
+        [[], /one of --lfw, --ytf, --cfp and --bin, found none/],
+        [['--lfw', 'a', '--frames', '3'], /--frames has no meaning with --lfw/],
+        [['--lfw', 'a', '--identification', '--report', 'b'], /--report has no meaning/],
+      ];
+      for (const [options, message] of refused) {
+        assert.match(await complaint(2, ...start, ...options), message);
+      }
     });
 
     it('exports it to ONNX, which gives the same embeddings', async () => {

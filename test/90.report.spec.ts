@@ -105,17 +105,79 @@ describe('report', function () {
     const html = renderReport(data);
     const { accuracy } = data.evaluations[0]!.result;
     assert.ok(html.includes(`${(accuracy.mean * 100).toFixed(2)}%`));
-    assert.equal(html.match(/<svg /g)?.length, 7); // five curves, histogram, ROC
+    assert.equal(html.match(/<svg /g)?.length, 8); // five curves, histogram, ROC, DET
     assert.equal(html.match(/data:image\/jpeg;base64,/g)?.length, 4);
     assert.ok(html.includes('weighting.alpha'));
     assert.ok(html.includes('8, 12, 16'));
     assert.ok(html.includes('1 h 6 min'));
     // Everything that is not text says in words what it shows.
     assert.equal(html.match(/<img [^>]*alt="[^"]+"/g)?.length, html.match(/<img /g)?.length);
-    assert.equal(html.match(/<svg [^>]*aria-labelledby="/g)?.length, 7);
+    assert.equal(html.match(/<svg [^>]*aria-labelledby="/g)?.length, 8);
     assert.equal(html.match(/<th>/g), null, 'a heading without its scope');
     const ids = [...html.matchAll(/ id="([^"]*)"/g)].map(([, id]) => id);
     assert.equal(new Set(ids).size, ids.length, 'an id stands twice');
+  });
+
+  it('says whether two models on the same pairs can be told apart, and adds other pairs', async () => {
+    const data = await reportData();
+    const same = Array.from({ length: 60 }, (_, i) => i % 2 === 0);
+    const fold = same.map((_, i) => Math.floor(i / 6));
+    const judged = (wrong: number) =>
+      verification({
+        distances: same.map((label, i) => (label !== i < wrong ? 0.5 : 1.5)),
+        same,
+        fold,
+      });
+    const [model] = data.evaluations;
+    const html = (others: number) =>
+      renderReport({
+        ...data,
+        evaluations: [
+          { name: 'good', result: judged(0) },
+          { name: 'other', result: judged(others) },
+        ],
+        alsoEvaluated: [{ evaluatedOn: 'pairs of YTF', evaluations: [model!] }],
+      });
+    // 2 and 12 discordant pairs, all one way: exact p of 2 / 2^2 and 2 / 2^12.
+    assert.match(html(2), /p = 0\.500, so these pairs cannot tell the two apart\)/);
+    assert.match(html(12), /McNemar’s test: p &#60; 0\.001\)\./);
+    assert.match(html(2), /<caption>pairs of YTF<\/caption>/);
+    // Without other pairs there is nothing to pair.
+    const bareHtml = renderReport(data);
+    assert.ok(!bareHtml.includes('<caption>pairs of YTF'));
+  });
+
+  it('draws the detection error trade-off on normal quantiles', () => {
+    const at = (value: number) => {
+      const svg = drawChart({
+        id: 'det',
+        title: 't',
+        description: 'd',
+        width: 390,
+        height: 290,
+        x: { label: 'x', min: 0.01, max: 0.6, probit: true, ticks: [0.01] },
+        y: { label: 'y', min: 0.01, max: 0.6, probit: true, ticks: [0.01] },
+        series: [{ label: '', colour: 1, kind: 'dots', points: [[value, value]] }],
+      });
+      return Number(/cx="([\d.]+)"/.exec(svg)![1]);
+    };
+    // Quantiles of 0.01, 0.1, 0.5 and 0.6 as printed tables have them: -2.3263, -1.2816, 0, 0.2533.
+    const [low, high] = [at(0.01), at(0.6)];
+    for (const [share, quantile] of [
+      [0.1, -1.2816],
+      [0.5, 0],
+    ] as const) {
+      const expected = low + ((quantile + 2.3263) / (0.2533 + 2.3263)) * (high - low);
+      // Coordinates are written to a hundredth of a pixel.
+      assert.ok(Math.abs(at(share) - expected) < 0.03, `${share}: ${at(share)}, ${expected}`);
+    }
+    const perfect = verification({
+      distances: [0.1, 3, 0.1, 3],
+      same: [1, 0, 1, 0],
+      fold: [0, 0, 1, 1],
+    });
+    const html = renderReport({ ...bare([]), evaluations: [{ name: 'm', result: perfect }] });
+    assert.ok(!/NaN|Infinity/.test(html));
   });
 
   it('is the same bytes for the same data', async () => {

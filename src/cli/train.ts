@@ -2,6 +2,7 @@ import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Command } from 'commander';
 import { HardmineError } from '../errors.js';
+import { evaluationFigures } from '../train/evaluation.js';
 import { Trainer } from '../trainer.js';
 import { type CommonOptions, makeCommand, output, percent } from './command.js';
 import { addConfigOptions, overlay } from './config-options.js';
@@ -95,7 +96,7 @@ async function train(config: Record<string, unknown>, options: CommonOptions): P
       threads: plan.threads,
       training: log.lastEpoch,
       validation: log.bestValidation,
-      evaluation: log.evaluation,
+      evaluation: evaluationFigures(log.evaluations, join(out, 'best.safetensors')),
       model: join(out, 'best.safetensors'),
     };
     if (options.json) {
@@ -113,8 +114,7 @@ async function train(config: Record<string, unknown>, options: CommonOptions): P
       const { accuracy, epoch } = log.bestValidation;
       output.result(`validation  ${percent(accuracy)} on held-out pairs (epoch ${epoch})`);
     }
-    if (log.evaluation) {
-      const { dataset, accuracy, confidence95 } = log.evaluation;
+    for (const { dataset, accuracy, confidence95 } of log.evaluations) {
       output.result(
         `${dataset.padEnd(10)}  ${percent(accuracy.mean)} (std ${percent(accuracy.std)}, 95% ${percent(confidence95.low)} to ${percent(confidence95.high)})`,
       );

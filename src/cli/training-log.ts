@@ -1,7 +1,7 @@
 /** A run as people see it: a progress bar on a terminal, JSON lines elsewhere, both on stderr. */
 import { MultiBar, Presets, type SingleBar } from 'cli-progress';
 import type { DataProgress } from '../data/dataset.js';
-import type { LfwResult } from '../evaluate/lfw.js';
+import type { FinalResult } from '../train/evaluation.js';
 import type { EpochEvent, TrainerEvent, TrainingPlan, ValidationEvent } from '../trainer.js';
 import { colours, output, percent } from './command.js';
 
@@ -18,7 +18,7 @@ function duration(seconds: number): string {
 export class TrainingLog {
   lastEpoch: Omit<EpochEvent, 'type'> | null = null;
   bestValidation: Omit<ValidationEvent, 'type' | 'best'> | null = null;
-  evaluation: Omit<LfwResult, 'details'> | null = null;
+  readonly evaluations: FinalResult[] = [];
   private readonly terminal = process.stderr.isTTY === true;
   // A MultiBar of one: a SingleBar restores the cursor of its start when it stops, over whatever was
   // written meanwhile.
@@ -102,7 +102,7 @@ export class TrainingLog {
       }
       case 'evaluation': {
         const { details: _, ...figures } = event.result;
-        this.evaluation = figures;
+        this.evaluations.push(event.result);
         this.say(event.type, figures, () => `evaluated on ${figures.dataset}`);
         return;
       }

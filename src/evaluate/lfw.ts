@@ -1,18 +1,20 @@
 /** Labeled Faces in the Wild: its lists of pairs, its folder layout, its protocol. */
 
-import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import { exists } from '../data/files.js';
 import { mapBounded } from '../data/images.js';
 import { HardmineError } from '../errors.js';
-import type { PairsResult, ScoreModel, VerificationPair } from './pairs.js';
-import { embedForPairs, evaluatePairs } from './pairs.js';
-import type { ProtocolName } from './verification.js';
+import { type AlignFace, ImageFiles } from './image-source.js';
+import { findImage, isPlainName, linesOf, quote, readList, refuseMissing } from './lists.js';
+import {
+  evaluateImages,
+  type ImagesResult,
+  type ScoreModel,
+  type VerificationPair,
+} from './pairs.js';
+import type { ProtocolName } from './protocols.js';
 
 /** Folds into which a list without folds of its own (View 1) is cut. */
 const VIEW1_FOLDS = 10;
-/** How many missing images an error names. */
-const LISTED = 10;
 
 export interface LfwImage {
   name: string;
@@ -41,11 +43,7 @@ export interface LfwPairs {
  * @throws HardmineError ERR_PROTOCOL with the line's number for everything else
  */
 export function parseLfwPairs(text: string, path = 'pairs.txt'): LfwPairs {
-  const lines = text
-    .replace(/^\uFEFF/, '')
-    .split('\n')
-    .map((line) => line.trim());
-  while (lines.at(-1) === '') lines.pop();
+  const lines = linesOf(text);
   const fail = (line: number, what: string): never => {
     throw new HardmineError(
       'ERR_PROTOCOL',
@@ -83,7 +81,7 @@ export function parseLfwPairs(text: string, path = 'pairs.txt'): LfwPairs {
   const rows = new Map<string, number>();
   const row = (name: string, digits: string, line: number): number => {
     // A name is a folder's: it must not lead out of the data set.
-    if (/[/\\\0]/.test(name) || name === '.' || name === '..') {
+    if (!isPlainName(name)) {
       fail(line, `the name ${quote(name)} is no plain folder name`);
     }
     const number = wholeNumber(digits, line);
@@ -124,18 +122,21 @@ export interface EvaluateLfw {
   /** Images a call of the model, 64 by default. */
   batch?: number;
   protocol?: ProtocolName;
+  /** For images that are not aligned yet. */
+  align?: AlignFace;
   /** Told of distinct images embedded so far. */
   onProgress?: (done: number, total: number) => void;
   signal?: AbortSignal;
 }
 
-/** `evaluate --json` without `model`; `details.paths` are the files that the hardest pairs' rows mean. */
-export interface LfwResult extends PairsResult {
+/**
+ * `evaluate --json` without `model`; `missing` counts the images in which `align` found no face (a file
+ * that is not there is an error), `details.paths` are the files that the hardest pairs' rows mean.
+ */
+export type LfwResult = ImagesResult & {
   dataset: 'lfw' | 'lfw-view1';
-  /** Always 0: a missing image is an error. */
-  missing: 0;
-  details: PairsResult['details'] & { paths: string[] };
-}
+  details: { paths: string[] };
+};
 
 /**
  * The LFW protocol: View 2 in its own folds (report it once), View 1 in ten (choose settings on it).
@@ -145,33 +146,30 @@ export interface LfwResult extends PairsResult {
  *   name), ERR_DATA for one that cannot be read or is not 112x112, ERR_ABORTED after `signal`
  */
 export async function evaluateLfw(model: ScoreModel, options: EvaluateLfw): Promise<LfwResult> {
-  const { root, pairs: list = join(root, 'pairs.txt'), protocol, ...embedding } = options;
-  const text = await readFile(list, 'utf8').catch((cause: unknown) => {
-    throw new HardmineError(
-      'ERR_PROTOCOL',
-      `The list of pairs ${list} could not be read (${cause instanceof Error ? cause.message : String(cause)}); name LFW's pairs.txt with --pairs.`,
-      { cause },
-    );
-  });
-  const { view, images, pairs } = parseLfwPairs(text, list);
-  const paths = await findImages(root, images);
-  const embeddings = await embedForPairs(model, {
-    images: paths,
-    ...embedding,
-    ...(protocol && { protocol }),
-  });
-  const result = evaluatePairs({
-    embeddings,
-    dim: model.embedding,
-    pairs,
-    ...(protocol && { protocol }),
-  });
+  const { root, pairs: list, align, ...embedding } = options;
+  const { view, paths, pairs } = await readLfwPairs(root, list);
+  const images = new ImageFiles(paths, align);
+  const result = await evaluateImages(model, { images, pairs, ...embedding });
   return {
     ...result,
     dataset: view === 2 ? 'lfw' : 'lfw-view1',
-    missing: 0,
     details: { ...result.details, paths },
   };
+}
+
+/**
+ * A list of pairs (`pairs.txt` in `root` by default) and the files of its images.
+ *
+ * @param option how a user names the list, for the error when it cannot be read
+ * @throws HardmineError ERR_PROTOCOL as `parseLfwPairs` and `findImages` do
+ */
+export async function readLfwPairs(
+  root: string,
+  list = join(root, 'pairs.txt'),
+  option = '--pairs',
+): Promise<LfwPairs & { paths: string[] }> {
+  const parsed = parseLfwPairs(await readList(list, option), list);
+  return { ...parsed, paths: await findImages(root, parsed.images) };
 }
 
 /**
@@ -183,24 +181,10 @@ export async function findImages(root: string, images: readonly LfwImage[]): Pro
   const missing: string[] = [];
   const paths = await mapBounded(images, async ({ name, number }) => {
     const stem = join(name, `${name}_${String(number).padStart(4, '0')}`);
-    for (const extension of ['.jpg', '.png']) {
-      const path = join(root, stem + extension);
-      if (await exists(path)) return path;
-    }
-    missing.push(`${stem}.jpg`);
-    return '';
+    const path = await findImage(root, stem);
+    if (path === null) missing.push(`${stem}.jpg`);
+    return path ?? '';
   });
-  if (missing.length > 0) {
-    const more = missing.length > LISTED ? ` and ${missing.length - LISTED} more` : '';
-    throw new HardmineError(
-      'ERR_PROTOCOL',
-      `${missing.length} of ${images.length} images are missing under ${root}: ${missing.sort().slice(0, LISTED).join(', ')}${more}; the protocol needs every one.`,
-    );
-  }
+  refuseMissing(missing, images.length, 'images', root);
   return paths;
-}
-
-/** For error messages: a hostile line may be long or hold control characters. */
-function quote(text: string): string {
-  return JSON.stringify(text.length > 60 ? `${text.slice(0, 60)}...` : text);
 }

@@ -1,37 +1,35 @@
 /**
- * Face verification: is a pair of images the same person? Turns the distances of labelled pairs into
- * the accuracy over folds, its uncertainty, and the figures of the pooled ROC.
+ * Face verification: is a pair of images the same person? Turns the scores of labelled pairs into the
+ * accuracy over folds, its uncertainty, and the figures of the pooled ROC.
  */
 
 import { HardmineError } from '../errors.js';
+import { countAtMost, countBelow } from './counting.js';
+import { isRight, type Protocol, type ProtocolName, protocols } from './protocols.js';
+import {
+  type BootstrapInterval,
+  bootstrapInterval,
+  type Interval,
+  wilsonInterval,
+} from './statistics.js';
 
-export type ProtocolName = 'insightface';
 export type FarTarget = '1e-2' | '1e-3';
 
-/** How a code base gets from embeddings to a decision. */
-export interface Protocol {
-  /** Whether the mirror image's embedding is added to the image's. */
-  readonly flip: boolean;
-  readonly score: 'squared-l2';
-  /** Candidates in rising order; a pair is taken for the same person where distance < threshold. */
-  readonly thresholds: Float64Array;
-}
-
-export const protocols: Readonly<Record<ProtocolName, Protocol>> = {
-  // numpy.arange(0, 4, 0.01) of InsightFace's verification.py: i * 0.01, not a running sum.
-  insightface: {
-    flip: true,
-    score: 'squared-l2',
-    thresholds: Float64Array.from({ length: 400 }, (_, i) => i * 0.01),
-  },
-};
-
-/** Points of the pooled ROC from (0, 0) to (1, 1), one for each distinct distance and one before. */
+/** Points of the pooled ROC from (0, 0) to (1, 1), one for each distinct score and one before. */
 export interface Roc {
   /** False accept rate: the share of impostor pairs taken for the same person. */
   far: Float64Array;
   /** True accept rate: the share of genuine pairs taken for the same person. */
   tar: Float64Array;
+}
+
+/** InsightFace's and facenet's VAL@FAR: thresholds interpolated on the training folds. */
+export interface ValAtFar {
+  /** Mean over folds of the true accept rate on the test fold, and its population deviation. */
+  val: number;
+  std: number;
+  /** Mean over folds of the false accept rate that the test fold then has. */
+  far: number;
 }
 
 /** What `evaluate --json` prints, fractions in 0..1; `details` is for reports and stays out of the JSON. */
@@ -45,89 +43,212 @@ export interface VerificationResult {
     std: number;
     /** Sample standard deviation over the folds divided by sqrt(folds). */
     standardError: number;
+    /** Which of the two the protocol's code base prints beside the mean. */
+    spread: 'std' | 'standardError' | null;
     perFold: number[];
   };
-  /** For each fold the threshold that the other folds chose. */
+  /** For each fold the threshold that the other folds chose, in the units of `score`. */
   thresholds: number[];
   /** Wilson's interval over all pairs, each judged at its own fold's threshold. */
-  confidence95: { low: number; high: number };
+  confidence95: Interval;
+  /** Of the mean accuracy, from pairs drawn anew within their folds. */
+  bootstrap95: BootstrapInterval;
   auc: number;
   eer: number;
   /** True accept rate at the largest threshold whose false accept rate is at most the target. */
   tarAtFar: Record<FarTarget, number>;
+  /** Of protocols on squared distances. */
+  valAtFar?: { '1e-3': ValAtFar };
+  /** Whether mirror images have a part in the score. */
   flip: boolean;
-  score: 'squared-l2';
+  score: Protocol['score'];
   details: {
+    /** Squared L2 distances of unit embeddings, 2 - 2 cos where the score is a cosine. */
     distances: Float64Array;
     same: Uint8Array;
     fold: Uint16Array;
+    /** 1 where the pair's own fold's threshold judges it rightly. */
+    right: Uint8Array;
     roc: Roc;
     /** Reservations a reader of the figures must know. */
     notes: string[];
   };
 }
 
+/** Scores of pairs: give `distances` for insightface and facenet, `cosines` for sphereface and facex. */
 export interface LabelledDistances {
-  /** Distance of each pair, finite and at least 0. */
-  distances: ArrayLike<number>;
+  /** Squared L2 distance of each pair's unit embeddings, finite and at least 0. */
+  distances?: ArrayLike<number>;
+  /** Cosine similarity of each pair, finite. */
+  cosines?: ArrayLike<number>;
   /** 1 (or true) where the pair shows one person. */
   same: ArrayLike<number | boolean>;
   /** Fold of each pair: 0 .. folds-1, at least two folds and none of them empty. */
   fold: ArrayLike<number>;
+  /** 'insightface' by default. */
   protocol?: ProtocolName;
 }
 
-// The 0.975 quantile of the standard normal distribution.
-const NORMAL_975 = 1.959963984540054;
+/** Pairs whose scores may depend on the fold under test, as those of a centred protocol do. */
+export interface FoldedScores {
+  /** Score of every pair, in the protocol's units, while `testFold` is the one judged. */
+  scores: (testFold: number) => Float64Array;
+  same: Uint8Array;
+  fold: Uint16Array;
+  protocol: ProtocolName;
+}
+
 // Fewer false accepts than this at a FAR target, and one pair more or less moves its TAR visibly.
 const FEW_FALSE_ACCEPTS = 10;
-// A fold's number has 16 bits.
-const MAX_FOLDS = 65536;
+// Far beyond any protocol's ten; every fold looks at all pairs.
+const MAX_FOLDS = 1000;
+/** InsightFace's thresholds for VAL: numpy.arange(0, 4, 0.001). */
+const VAL_DISTANCES = Float64Array.from({ length: 4000 }, (_, i) => i * 0.001);
+const VAL_TARGET = 1e-3;
 
 /**
- * The protocol over folds: each fold is judged at the threshold that is best on all the others (the
- * first of equally good ones), so that no pair has a say in its own threshold.
+ * The protocol over folds: each fold is judged at the threshold that the protocol chooses on all the
+ * others, so that no pair has a say in its own threshold. Scores are taken as they are: of sphereface
+ * they must come from embeddings whose mean is off already.
  *
- * @throws HardmineError ERR_PROTOCOL for lengths that differ, no genuine or no impostor pair, fewer
- *   than two folds or an empty one; ERR_NON_FINITE for a distance that is no finite number.
+ * @throws HardmineError ERR_INPUT for the other kind of score than the protocol's, ERR_PROTOCOL for
+ *   lengths that differ, no genuine or no impostor pair (for facex outside any fold), fewer than two
+ *   folds or an empty one; ERR_NON_FINITE for a score that is no finite number.
  */
 export function verification(pairs: LabelledDistances): VerificationResult {
-  const name = pairs.protocol ?? 'insightface';
+  const protocol = pairs.protocol ?? 'insightface';
+  const what = protocols[protocol].score === 'cosine' ? 'cosine' : 'distance';
+  const given = what === 'cosine' ? pairs.cosines : pairs.distances;
+  if (given === undefined || (pairs.cosines && pairs.distances)) {
+    throw new HardmineError(
+      'ERR_INPUT',
+      `The protocol ${protocol} judges ${what}s: give them, and nothing else, as ${what}s.`,
+    );
+  }
+  const { values, labels } = checkLabelled(given, pairs.same, what);
+  if (pairs.fold.length !== values.length) {
+    throw new HardmineError(
+      'ERR_PROTOCOL',
+      `There are ${values.length} ${what}s but ${pairs.fold.length} fold numbers; give one for each pair.`,
+    );
+  }
+  checkFolds(pairs.fold);
+  return verifyFolds({
+    scores: () => values,
+    same: labels,
+    fold: Uint16Array.from(pairs.fold),
+    protocol,
+  });
+}
+
+/** `verification` of pairs that were checked. */
+export function verifyFolds({
+  scores,
+  same,
+  fold,
+  protocol: name,
+}: FoldedScores): VerificationResult {
   const protocol = protocols[name];
-  const { distances, same, fold, folds } = checkPairs(pairs);
-  const { perFold, thresholds, correct } = foldAccuracies(distances, same, fold, folds, protocol);
-  const mean = perFold.reduce((sum, value) => sum + value, 0) / folds;
-  const squares = perFold.reduce((sum, value) => sum + (value - mean) ** 2, 0);
-  const pooled = pooledRoc(distances, same);
+  const folds = fold.reduce((most, f) => Math.max(most, f), 0) + 1;
+  const values = new Float64Array(same.length);
+  const right = new Uint8Array(same.length);
+  const thresholds: number[] = [];
+  const perFold: number[] = [];
+  const vals: { val: number; far: number }[] = [];
+  for (let f = 0; f < folds; f++) {
+    const scored = scores(f);
+    const kind = (label: number, inFold: boolean) =>
+      scored.filter((_, i) => same[i] === label && (fold[i] === f) === inFold).sort();
+    const train = { genuine: kind(1, false), impostor: kind(0, false) };
+    const threshold = protocol.threshold(train);
+    thresholds.push(threshold);
+    let pairs = 0;
+    let rightPairs = 0;
+    for (let i = 0; i < fold.length; i++) {
+      if (fold[i] !== f) continue;
+      values[i] = scored[i]!;
+      right[i] = isRight(protocol.score, scored[i]!, threshold, same[i] === 1) ? 1 : 0;
+      pairs++;
+      rightPairs += right[i]!;
+    }
+    perFold.push(rightPairs / pairs);
+    if (protocol.score === 'squared-l2') {
+      vals.push(valAtFar(train, { genuine: kind(1, true), impostor: kind(0, true) }));
+    }
+  }
+  const accuracy = overFolds(perFold);
+  const cosine = protocol.score === 'cosine';
+  const pooled = pooledRoc(cosine ? values.map((value) => -value) : values, same);
   return {
     protocol: name,
-    pairs: distances.length,
+    pairs: same.length,
     accuracy: {
-      mean,
-      std: Math.sqrt(squares / folds),
-      standardError: Math.sqrt(squares / (folds - 1) / folds),
+      mean: accuracy.mean,
+      std: accuracy.std,
+      standardError: accuracy.std / Math.sqrt(folds - 1),
+      spread: protocol.spread,
       perFold,
     },
     thresholds,
-    confidence95: wilsonInterval(correct, distances.length),
+    confidence95: wilsonInterval(
+      right.reduce((sum, one) => sum + one, 0),
+      same.length,
+    ),
+    bootstrap95: bootstrapInterval(right, fold, folds),
     auc: pooled.auc,
     eer: pooled.eer,
     tarAtFar: { '1e-2': tarAt(pooled.roc, 1e-2), '1e-3': tarAt(pooled.roc, 1e-3) },
-    flip: protocol.flip,
+    ...(!cosine && { valAtFar: { '1e-3': meanVal(vals) } }),
+    flip: protocol.mirror !== 'none',
     score: protocol.score,
-    details: { distances, same, fold, roc: pooled.roc, notes: coarseTargets(pooled.impostors) },
+    details: {
+      distances: cosine ? values.map((value) => 2 - 2 * value) : values,
+      same,
+      fold,
+      right,
+      roc: pooled.roc,
+      notes: [...coarseTargets(pooled.impostors), ...oneSidedFolds(same, fold, folds)],
+    },
   };
 }
 
+function overFolds(figures: readonly number[]): { mean: number; std: number } {
+  const mean = figures.reduce((sum, value) => sum + value, 0) / figures.length;
+  const squares = figures.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+  return { mean, std: Math.sqrt(squares / figures.length) };
+}
+
 /**
- * Wilson's 95% score interval of a proportion: (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n).
+ * The threshold at which the line through the training folds' (FAR, threshold) reaches the target, or 0
+ * where it never does; then the true and false accept rates of the test fold there. NaN for a kind that
+ * the fold lacks.
  */
-export function wilsonInterval(successes: number, trials: number): { low: number; high: number } {
-  const p = successes / trials;
-  const z2 = NORMAL_975 ** 2 / trials;
-  const centre = (p + z2 / 2) / (1 + z2);
-  const half = Math.sqrt(z2 * (p * (1 - p) + z2 / 4)) / (1 + z2);
-  return { low: Math.max(0, centre - half), high: Math.min(1, centre + half) };
+function valAtFar(
+  train: { impostor: Float64Array },
+  test: { genuine: Float64Array; impostor: Float64Array },
+): { val: number; far: number } {
+  const far = (threshold: number) => countBelow(train.impostor, threshold) / train.impostor.length;
+  // FAR is 0 at the first threshold, 0, since no distance is below it.
+  const reached = VAL_DISTANCES.findIndex((threshold) => far(threshold) >= VAL_TARGET);
+  let threshold = 0;
+  if (reached > 0) {
+    const [from, to] = [VAL_DISTANCES[reached - 1]!, VAL_DISTANCES[reached]!];
+    threshold = from + ((to - from) * (VAL_TARGET - far(from))) / (far(to) - far(from));
+  }
+  return {
+    val: countBelow(test.genuine, threshold) / test.genuine.length,
+    far: countBelow(test.impostor, threshold) / test.impostor.length,
+  };
+}
+
+/** Over the folds that hold the kind of pair a rate is of. */
+function meanVal(folds: readonly { val: number; far: number }[]): ValAtFar {
+  const { mean, std } = overFolds(folds.map(({ val }) => val).filter(Number.isFinite));
+  return {
+    val: mean,
+    std,
+    far: overFolds(folds.map(({ far }) => far).filter(Number.isFinite)).mean,
+  };
 }
 
 /**
@@ -171,10 +292,11 @@ export function bestThreshold(
   return cuts[cuts.length >> 1]!;
 }
 
-function checkLabelled(
+/** @throws HardmineError ERR_PROTOCOL for lengths that differ or one kind alone, ERR_NON_FINITE */
+export function checkLabelled(
   numbers: ArrayLike<number>,
   same: ArrayLike<number | boolean>,
-  what: 'distance' | 'score',
+  what: 'distance' | 'cosine' | 'score',
 ): { values: Float64Array; labels: Uint8Array } {
   if (numbers.length !== same.length) {
     throw new HardmineError(
@@ -201,100 +323,29 @@ function checkLabelled(
   return { values, labels };
 }
 
-function checkPairs(pairs: LabelledDistances) {
-  const { values: distances, labels: same } = checkLabelled(
-    pairs.distances,
-    pairs.same,
-    'distance',
-  );
-  if (pairs.fold.length !== distances.length) {
-    throw new HardmineError(
-      'ERR_PROTOCOL',
-      `There are ${distances.length} distances but ${pairs.fold.length} fold numbers; give one for each pair.`,
-    );
-  }
-  let folds = 0;
-  for (let i = 0; i < distances.length; i++) {
-    const fold = pairs.fold[i]!;
-    if (!Number.isInteger(fold) || fold < 0 || fold >= MAX_FOLDS) {
+/** @throws HardmineError ERR_PROTOCOL unless the folds are 0, 1, .. and at least two, none of them empty */
+export function checkFolds(fold: ArrayLike<number>): void {
+  const sizes: number[] = [];
+  for (let i = 0; i < fold.length; i++) {
+    const f = fold[i]!;
+    if (!Number.isInteger(f) || f < 0 || f >= MAX_FOLDS) {
       throw new HardmineError(
         'ERR_PROTOCOL',
-        `The fold of pair ${i} is ${fold}, expected a whole number from 0 to ${MAX_FOLDS - 1}.`,
+        `The fold of pair ${i} is ${f}, expected a whole number from 0 to ${MAX_FOLDS - 1}.`,
       );
     }
-    folds = Math.max(folds, fold + 1);
+    while (sizes.length <= f) sizes.push(0);
+    sizes[f]!++;
   }
-  const fold = Uint16Array.from(pairs.fold);
-  const sizes = new Uint32Array(folds);
-  for (const f of fold) sizes[f]!++;
   const empty = sizes.indexOf(0);
-  if (folds < 2 || empty >= 0) {
+  if (sizes.length < 2 || empty >= 0) {
     throw new HardmineError(
       'ERR_PROTOCOL',
-      folds < 2
+      sizes.length < 2
         ? 'All pairs are in one fold; a threshold is chosen on the other folds, so give at least two.'
-        : `Fold ${empty} of ${folds} holds no pair; number the folds from 0 without gaps.`,
+        : `Fold ${empty} of ${sizes.length} holds no pair; number the folds from 0 without gaps.`,
     );
   }
-  return { distances, same, fold, folds };
-}
-
-function foldAccuracies(
-  distances: Float64Array,
-  same: Uint8Array,
-  fold: Uint16Array,
-  folds: number,
-  { thresholds }: Protocol,
-) {
-  const candidates = thresholds.length;
-  // accepted[label][f][i]: pairs of fold f with distance < thresholds[i] but not < thresholds[i-1];
-  // sums over i turn them into counts of accepted pairs, so all choices are made on integers.
-  const accepted = [0, 1].map(() =>
-    Array.from({ length: folds }, () => new Int32Array(candidates + 1)),
-  );
-  for (let k = 0; k < distances.length; k++) {
-    accepted[same[k]!]![fold[k]!]![firstAbove(thresholds, distances[k]!)]!++;
-  }
-  const size = new Array<number>(folds).fill(0);
-  for (const f of fold) size[f]!++;
-  const correct = Array.from({ length: folds }, (_, f) => {
-    const impostors = accepted[0]![f]!;
-    const genuine = accepted[1]![f]!;
-    const counts = new Int32Array(candidates);
-    let right = impostors.reduce((sum, n) => sum + n, 0);
-    for (let i = 0; i < candidates; i++) {
-      right += genuine[i]! - impostors[i]!;
-      counts[i] = right;
-    }
-    return counts;
-  });
-  const total = new Int32Array(candidates);
-  for (const counts of correct) for (let i = 0; i < candidates; i++) total[i]! += counts[i]!;
-
-  let allCorrect = 0;
-  const chosen: number[] = [];
-  const perFold = correct.map((counts, f) => {
-    let best = 0;
-    for (let i = 1; i < candidates; i++) {
-      if (total[i]! - counts[i]! > total[best]! - counts[best]!) best = i;
-    }
-    chosen.push(thresholds[best]!);
-    allCorrect += counts[best]!;
-    return counts[best]! / size[f]!;
-  });
-  return { perFold, thresholds: chosen, correct: allCorrect };
-}
-
-/** Index of the first element greater than `value` in rising `sorted`; its length when there is none. */
-function firstAbove(sorted: Float64Array, value: number): number {
-  let low = 0;
-  let high = sorted.length;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (sorted[middle]! > value) high = middle;
-    else low = middle + 1;
-  }
-  return low;
 }
 
 function pooledRoc(distances: Float64Array, same: Uint8Array) {
@@ -335,7 +386,7 @@ function pooledRoc(distances: Float64Array, same: Uint8Array) {
 }
 
 function tarAt(roc: Roc, target: number): number {
-  return roc.tar[firstAbove(roc.far, target) - 1]!;
+  return roc.tar[countAtMost(roc.far, target) - 1]!;
 }
 
 function coarseTargets(impostors: number): string[] {
@@ -346,4 +397,15 @@ function coarseTargets(impostors: number): string[] {
       ({ target, allowed }) =>
         `FAR ${100 * Number(target)}% over ${impostors} impostor pairs allows ${allowed} false accept${allowed === 1 ? '' : 's'}, so the TAR there is coarse.`,
     );
+}
+
+/** Blocks of a list that was not laid out for ten folds may hold one kind of pair alone. */
+function oneSidedFolds(same: Uint8Array, fold: Uint16Array, folds: number): string[] {
+  const kinds = Array.from({ length: folds }, () => new Set<number>());
+  for (const [i, f] of fold.entries()) kinds[f]!.add(same[i]!);
+  const oneSided = kinds.filter(({ size }) => size < 2).length;
+  if (oneSided === 0) return [];
+  return [
+    `${oneSided} of the ${folds} folds hold pairs of one kind alone, so the accuracies of folds and their spread mean little.`,
+  ];
 }

@@ -1,4 +1,4 @@
-/** NumPy's .npy: float32 matrices written as version 1.0, single Python objects read. */
+/** NumPy's .npy: float32 matrices of version 1.0 written and read back, single Python objects read. */
 import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from './atomic.js';
 import { PickledArray, type PickleValue, readPickle } from './pickle.js';
@@ -39,6 +39,35 @@ function npyHeader(rows: number, columns: number): Uint8Array {
   header.write(dictionary, prefixBytes, 'latin1');
   header.write('\n', total - 1, 'latin1');
   return header;
+}
+
+/**
+ * A matrix as `writeNpy` writes it.
+ *
+ * @param name of the file, for messages
+ * @throws HardmineError ERR_FORMAT for everything but a float32 matrix in C order that fills the file.
+ */
+export function readNpyMatrix(
+  file: Buffer,
+  name: string,
+): { values: Float32Array; rows: number; columns: number } {
+  const known = file.length >= 10 && file.toString('latin1', 0, 8) === `${MAGIC}\x01\x00`;
+  const start = 10 + (known ? file.readUInt16LE(8) : 0);
+  const match =
+    /^\{'descr': '<f4', 'fortran_order': False, 'shape': \((\d{1,9}), (\d{1,9})\), \} *\n$/.exec(
+      file.toString('latin1', 10, start),
+    );
+  const rows = Number(match?.[1]);
+  const columns = Number(match?.[2]);
+  // NaN, of a header that is none, is unequal too.
+  if (file.length !== start + rows * columns * Float32Array.BYTES_PER_ELEMENT) {
+    throw new HardmineError(
+      'ERR_FORMAT',
+      `${name} (${file.length} bytes) is no whole .npy file of a float32 matrix in C order: write it anew.`,
+    );
+  }
+  // Copied, because a Float32Array must begin at a multiple of four.
+  return { values: new Float32Array(new Uint8Array(file.subarray(start)).buffer), rows, columns };
 }
 
 /**

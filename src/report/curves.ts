@@ -1,5 +1,6 @@
 /** Charts of a report: how training went, and how a model parts the pairs. */
 
+import { normalQuantile } from '../evaluate/statistics.js';
 import type { VerificationResult } from '../evaluate/verification.js';
 import {
   type Axis,
@@ -246,6 +247,89 @@ function rocPoints({ details: { roc } }: VerificationResult, min: number): Point
   return points;
 }
 
+/** Error rates that the axes of a detection error trade-off name. */
+const ERROR_TICKS = [0.0001, 0.001, 0.01, 0.05, 0.2, 0.4];
+/** The axes reach down to the error rates that there are, and to 5% at least. */
+const FEWEST_TICKS = 3;
+/** Beyond an equal error rate of one half a model errs on purpose. */
+const MOST_ERROR = 0.6;
+
+/**
+ * Detection error trade-off: misses against false accepts, both by normal quantiles, where scores that are
+ * normally distributed give straight lines (Martin et al. 1997).
+ */
+export function detChart(evaluations: readonly Evaluation[]): Chart {
+  const rates = evaluations.flatMap(({ result }) => shownErrors(result).flat());
+  const least = rates.reduce((min, rate) => (rate > 0 ? Math.min(min, rate) : min), MOST_ERROR);
+  // A rate of 0 has no place on the axis and is drawn at its end.
+  const above = ERROR_TICKS.filter((tick) => tick > least).length;
+  const ticks = ERROR_TICKS.slice(-Math.min(Math.max(above + 1, FEWEST_TICKS), ERROR_TICKS.length));
+  const min = ticks[0]!;
+  const axis = (label: string): Axis => ({
+    label,
+    min,
+    max: MOST_ERROR,
+    probit: true,
+    ticks,
+    format: percentTick,
+  });
+  return {
+    id: 'det',
+    title: 'Detection error trade-off',
+    description: evaluations
+      .map(({ name, result }) => `${name}: equal error rate ${percent(result.eer)}.`)
+      .join(' '),
+    width: WIDTH,
+    height: TALL,
+    x: axis('false accept rate (normal quantiles)'),
+    y: axis('share of genuine pairs missed'),
+    series: [
+      {
+        label: 'equal errors',
+        colour: 0,
+        dashed: true,
+        kind: 'line',
+        points: [
+          [min, min],
+          [MOST_ERROR, MOST_ERROR],
+        ],
+      },
+      ...evaluations.map(
+        ({ name, result }, i): Series => ({
+          label: name,
+          colour: SERIES_COLOURS[i % SERIES_COLOURS.length]!,
+          dashed: i > 0,
+          kind: 'line',
+          points: detPoints(result, min),
+        }),
+      ),
+    ],
+  };
+}
+
+/** (FAR, misses) of the ROC's points that lie within the axes. */
+function shownErrors({ details: { roc } }: VerificationResult): [number, number][] {
+  return Array.from(roc.far, (far, i): [number, number] => [far, 1 - roc.tar[i]!]).filter(
+    ([far, miss]) => far <= MOST_ERROR && miss <= MOST_ERROR,
+  );
+}
+
+/** One point at most for each pixel across. */
+function detPoints(result: VerificationResult, min: number): Point[] {
+  const low = normalQuantile(min);
+  const span = normalQuantile(MOST_ERROR) - low;
+  const points: Point[] = [];
+  let previous = Number.NaN;
+  for (const [far, miss] of shownErrors(result)) {
+    const point: Point = [Math.max(far, min), Math.max(miss, min)];
+    const pixel = Math.round(((normalQuantile(point[0]) - low) / span) * WIDTH);
+    if (pixel === previous) points[points.length - 1] = point;
+    else points.push(point);
+    previous = pixel;
+  }
+  return points;
+}
+
 /** How the similarities of genuine and of impostor pairs are distributed, with the threshold. */
 export function histogramChart({ name, result }: Evaluation): Chart {
   const { distances, same } = result.details;
@@ -300,8 +384,14 @@ export function similarity(squaredDistance: number): number {
 }
 
 /** Mean of the folds' thresholds, as a cosine. */
-export function meanThreshold({ thresholds }: VerificationResult): number {
-  return similarity(thresholds.reduce((sum, value) => sum + value, 0) / thresholds.length);
+export function meanThreshold(result: VerificationResult): number {
+  const cosines = cosineThresholds(result);
+  return cosines.reduce((sum, value) => sum + value, 0) / cosines.length;
+}
+
+/** The folds' thresholds as cosines, whatever the protocol's score. */
+export function cosineThresholds({ thresholds, score }: VerificationResult): number[] {
+  return score === 'cosine' ? thresholds : thresholds.map(similarity);
 }
 
 /** 0.98765 as "98.77%". */

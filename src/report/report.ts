@@ -1,7 +1,11 @@
 /** report.html: one file that shows what was run, how it went and how good the model is. */
 
+import { mcnemar } from '../evaluate/statistics.js';
+import type { VerificationResult } from '../evaluate/verification.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import {
+  cosineThresholds,
+  detChart,
   type Evaluation,
   histogramChart,
   type MetricsLine,
@@ -47,6 +51,8 @@ export interface ReportData {
   evaluatedOn?: string;
   /** The model first, then what to hold it against. */
   evaluations: readonly Evaluation[];
+  /** The same models on other pairs. */
+  alsoEvaluated?: readonly { evaluatedOn: string; evaluations: readonly Evaluation[] }[];
   /** The model's worst pairs, worst first. */
   hardest?: { impostors: readonly ReportPair[]; genuine: readonly ReportPair[] };
 }
@@ -135,18 +141,41 @@ function verdict({ evaluations, evaluatedOn }: ReportData): string {
   if (others.length === 0) return `${judged}.`;
   const compared = others.map(({ name, result }) => {
     const points = (accuracy.mean - result.accuracy.mean) * 100;
-    return `${Math.abs(points).toFixed(1)} points ${points >= 0 ? 'above' : 'below'} ${name} (${percent(result.accuracy.mean)})`;
+    return `${Math.abs(points).toFixed(1)} points ${points >= 0 ? 'above' : 'below'} ${name} (${percent(result.accuracy.mean)}${significance(model.result, result)})`;
   });
   return `${judged}: ${compared.join(' and ')}.`;
 }
 
-function accuracySection({ evaluations, evaluatedOn }: ReportData): string {
+/** What McNemar's test says of two results on the same pairs; nothing where they are of different ones. */
+function significance(a: VerificationResult, b: VerificationResult): string {
+  const [first, second] = [a.details, b.details];
+  const paired =
+    first.same.length === second.same.length &&
+    first.same.every((label, i) => label === second.same[i]);
+  if (!paired) return '';
+  const { p, distinguishable } = mcnemar(first.right, second.right);
+  const shown = `McNemar’s test: p ${p < 0.001 ? '< 0.001' : `= ${p.toFixed(3)}`}`;
+  return distinguishable ? `; ${shown}` : `; ${shown}, so these pairs cannot tell the two apart`;
+}
+
+function accuracySection({ evaluations, evaluatedOn, alsoEvaluated = [] }: ReportData): string {
   if (evaluations.length === 0) return '';
+  return [
+    '<h2>How well it tells people apart</h2>',
+    accuracyTable(evaluations, evaluatedOn),
+    ...alsoEvaluated.map((also) => accuracyTable(also.evaluations, also.evaluatedOn)),
+  ].join('\n');
+}
+
+function accuracyTable(
+  evaluations: readonly Evaluation[],
+  evaluatedOn: string | undefined,
+): string {
   const rows = evaluations.map(({ name, result }, i) => {
-    const { accuracy, confidence95, auc, eer, tarAtFar } = result;
+    const { accuracy, confidence95, bootstrap95, auc, eer, tarAtFar } = result;
     const cells = [
       `${percent(accuracy.mean)} ± ${percent(accuracy.standardError)}`,
-      interval(confidence95),
+      `${interval(confidence95)}<br>bootstrap ${interval(bootstrap95)}`,
       auc.toFixed(4),
       percent(eer),
       percent(tarAtFar['1e-2']),
@@ -157,14 +186,14 @@ function accuracySection({ evaluations, evaluatedOn }: ReportData): string {
   const { result } = evaluations[0]!;
   const folds = result.accuracy.perFold.length;
   const notes = [
-    `Protocol ${result.protocol}: accuracy is the mean over ${folds} folds, each judged at the threshold that the other ${folds === 2 ? 'one' : folds - 1} chose, ± its standard error; the interval is Wilson’s over all pairs, as if they were independent. AUC, equal error rate and TAR (true accept rate) at a given FAR (false accept rate) come from all pairs pooled.`,
+    `Protocol ${result.protocol}: accuracy is the mean over ${folds} folds, each judged at the threshold that the other ${folds === 2 ? 'one' : folds - 1} chose, ± its standard error; the interval is Wilson’s over all pairs, as if they were independent, and the bootstrap’s is of the mean over ${plainNumber(result.bootstrap95.resamples)} draws of pairs within their folds. AUC, equal error rate and TAR (true accept rate) at a given FAR (false accept rate) come from all pairs pooled.`,
     ...result.details.notes,
   ];
+  const pairs = evaluatedOn ?? `${plainNumber(result.pairs)} pairs`;
   return [
-    '<h2>How well it tells people apart</h2>',
     scroll(
-      'Accuracy of every model',
-      `<table><caption>${text(evaluatedOn ?? `${plainNumber(result.pairs)} pairs`)}</caption>
+      `Accuracy of every model on ${pairs}`,
+      `<table><caption>${text(pairs)}</caption>
 <thead><tr><th scope="col">Model</th><th scope="col">Accuracy</th><th scope="col">95% interval</th><th scope="col">AUC</th><th scope="col">EER</th><th scope="col">TAR at FAR 1%</th><th scope="col">TAR at FAR 0.1%</th></tr></thead>
 <tbody>${rows.join('\n')}</tbody></table>`,
     ),
@@ -197,13 +226,14 @@ function trainingSection(
 function separationSection(evaluations: readonly Evaluation[]): string {
   const [model] = evaluations;
   if (!model) return '';
-  const charts = [histogramChart(model), rocChart(evaluations)];
+  const charts = [histogramChart(model), rocChart(evaluations), detChart(evaluations)];
   return `<h2>Where it draws the line</h2>\n<div class="cards">${charts.map((chart) => card(chart)).join('\n')}</div>`;
 }
 
 function foldSection([model]: readonly Evaluation[]): string {
   if (!model) return '';
-  const { accuracy, thresholds, details } = model.result;
+  const { accuracy, details } = model.result;
+  const thresholds = cosineThresholds(model.result);
   const sizes = new Array<number>(thresholds.length).fill(0);
   for (const fold of details.fold) sizes[fold]!++;
   const row = (name: string, cells: string[]) =>
@@ -212,8 +242,8 @@ function foldSection([model]: readonly Evaluation[]): string {
     row(String(fold + 1), [
       plainNumber(sizes[fold]!),
       percent(accuracy.perFold[fold]!),
-      threshold.toFixed(2),
-      similarity(threshold).toFixed(3),
+      (2 - 2 * threshold).toFixed(2),
+      threshold.toFixed(3),
     ]),
   );
   const mean = meanThreshold(model.result);

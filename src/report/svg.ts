@@ -4,6 +4,8 @@
  * holds the chart defines them with `chartStyle`.
  */
 
+import { normalQuantile } from '../evaluate/statistics.js';
+
 export type Point = readonly [x: number, y: number];
 
 export interface Axis {
@@ -11,6 +13,8 @@ export interface Axis {
   min: number;
   max: number;
   log?: boolean;
+  /** By the quantiles of the normal distribution, for shares within (0, 1); give it `ticks`. */
+  probit?: boolean;
   /** Positions of ticks; chosen when left out. */
   ticks?: readonly number[];
   format?: (value: number) => string;
@@ -258,7 +262,7 @@ function drawLegend(series: readonly Series[], width: number): { svg: string; he
 }
 
 function scale(axis: Axis, from: number, to: number): (value: number) => number {
-  const of = axis.log ? Math.log10 : (value: number) => value;
+  const of = axis.log ? Math.log10 : axis.probit ? normalQuantile : (value: number) => value;
   const [low, high] = [of(axis.min), of(axis.max)];
   return (value) => from + ((of(value) - low) / (high - low)) * (to - from);
 }

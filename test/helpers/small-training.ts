@@ -97,3 +97,36 @@ export async function writeLfw(rec: string, folder: string): Promise<string> {
   await writeFile(list, `${lines.join('\n')}\n`);
   return list;
 }
+
+/**
+ * The images of a .rec as aligned frames of YouTube Faces: of every person the videos 0 and 1 of half the
+ * images each, with a list of two splits of 4 and 4 pairs beside them.
+ */
+export async function writeYtf(rec: string, root: string): Promise<string> {
+  const dataset = await openDataset(rec);
+  try {
+    const seen = new Map<number, number>();
+    for (const [i, label] of dataset.labels.entries()) {
+      const number = seen.get(label) ?? 0;
+      seen.set(label, number + 1);
+      const video = number < IMAGES / 2 ? 0 : 1;
+      const folder = join(root, 'aligned_images_DB', `Person_${label}`, String(video));
+      await mkdir(folder, { recursive: true });
+      const file = join(folder, `aligned_detect_${video}.${number}.jpg`);
+      await writeFile(file, await dataset.records.jpeg(i));
+    }
+  } finally {
+    await dataset.dispose();
+  }
+  const lines: string[] = [];
+  for (const split of [0, 1]) {
+    for (let pair = 0; pair < 8; pair++) {
+      const a = 4 * split + (pair % 4);
+      const b = pair < 4 ? a : (a + 1) % PEOPLE;
+      lines.push(`${split + 1}, ${pair + 1}, Person_${a}/0, Person_${b}/1, ${pair < 4 ? 1 : 0}`);
+    }
+  }
+  const list = join(root, 'splits.txt');
+  await writeFile(list, `${lines.join('\n')}\n`);
+  return list;
+}
