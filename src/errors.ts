@@ -31,3 +31,8 @@ export class HardmineError extends Error {
     this.code = code;
   }
 }
+
+/** Text from outside for an error's sentence: it may be long or hold control characters. */
+export function quote(text: string): string {
+  return JSON.stringify(text.length > 80 ? `${text.slice(0, 80)}...` : text);
+}

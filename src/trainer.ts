@@ -426,7 +426,7 @@ export class Trainer {
       marginFactor: last.marginFactor,
       lambda: last.lambda,
     };
-    await directory.append(line);
+    await directory.append(line, rows);
     yield { type: 'step', ...line };
     if (first === 0) yield* this.checkFirst(stats[0]!, settings[0]!.marginFactor);
     for (const warning of this.health.observe(progress, this.step, last.marginFactor)) {
@@ -486,6 +486,7 @@ export class Trainer {
       const event = await this.validate(validation, epoch);
       info.threshold = event.threshold;
       isBest = event.best;
+      await this.parts.directory.scalars(this.step, { 'validation/accuracy': event.accuracy });
       yield event;
     }
     await this.saveModels(info, isBest);
@@ -569,6 +570,7 @@ export class Trainer {
     for await (const result of evaluateBest(model, config, signal)) {
       evaluations.push(result);
       await directory.writeJson('evaluation.json', evaluationFigures(evaluations, model));
+      await directory.scalars(this.step, { [`${result.dataset}/accuracy`]: result.accuracy.mean });
       yield { type: 'evaluation', result, model };
     }
     const { validations, seconds } = this;

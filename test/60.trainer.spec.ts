@@ -22,6 +22,7 @@ import { checkpointName } from '../src/train/checkpoint.js';
 import { evaluationFigures } from '../src/train/evaluation.js';
 import { checkFirstLoss, Health, meanProgress, type Progress } from '../src/train/health.js';
 import { Trainer, type TrainerEvent } from '../src/trainer.js';
+import { scalarsOf } from './helpers/event-reader.js';
 import {
   checkpointHashes,
   drawFaces,
@@ -284,6 +285,20 @@ describe('training', function () {
     assert.equal(saved.pairs, 24);
     assert.equal(saved.accuracy.perFold.length, 3);
     const files = (await readdir(out('full'))).sort();
+    const log = files.findIndex((name) => name.startsWith('events.out.tfevents.'));
+    const scalars = scalarsOf(await readFile(join(out('full'), ...files.splice(log, 1))));
+    const steps = eventsOf(events, 'step');
+    assert.deepEqual(
+      scalars.filter(({ tag }) => tag === 'training/baseLoss'),
+      steps.map(({ step, baseLoss }) => ({
+        tag: 'training/baseLoss',
+        step,
+        value: Math.fround(baseLoss),
+      })),
+    );
+    assert.equal(scalars.at(-1)!.tag, 'lfw/accuracy');
+    assert.equal(scalars.at(-1)!.value, Math.fround(saved.accuracy.mean));
+    assert.equal(scalars.filter(({ tag }) => tag === 'validation/accuracy').length, 3);
     assert.deepEqual(files, [
       'best.safetensors',
       'checkpoints',

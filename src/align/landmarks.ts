@@ -3,7 +3,7 @@
  * form of CelebA's list_landmarks_celeba.txt. Left is left as seen in the image.
  */
 import { readFileBounded } from '../data/files.js';
-import { HardmineError } from '../errors.js';
+import { HardmineError, quote } from '../errors.js';
 import { LANDMARKS, type Point } from './similarity.js';
 
 /** Some four million images; a longer list is better cut up. */
@@ -66,8 +66,4 @@ export async function readLandmarks(path: string): Promise<Map<string, Point[]>>
     throw new HardmineError('ERR_DATA', `${path} lists no image: give a list of landmarks.`);
   }
   return images;
-}
-
-function quote(text: string): string {
-  return JSON.stringify(text.length > 80 ? `${text.slice(0, 80)}...` : text);
 }

@@ -1,8 +1,20 @@
+import { join } from 'node:path';
 import type { Command } from 'commander';
 import { HardmineError } from '../errors.js';
-import { readExperiment, resolveExperiment } from '../reproduce/experiment.js';
+import { writeFileAtomic } from '../formats/atomic.js';
+import { writeExperimentReport } from '../report/experiment-report.js';
+import {
+  EVALUATION_SETS,
+  type Experiment,
+  PATHS,
+  readExperiment,
+  resolveExperiment,
+} from '../reproduce/experiment.js';
 import { presets } from '../reproduce/presets.js';
-import { listRuns, reproduce } from '../reproduce/run.js';
+import { summarise } from '../reproduce/results.js';
+import { listRuns, type Run, reproduce } from '../reproduce/run.js';
+import { markdown } from '../reproduce/tables.js';
+import { type MetricsLine, readMetrics } from '../train/run-directory.js';
 import { type CommonOptions, makeCommand, output, percent } from './command.js';
 import { addConfigOptions } from './config-options.js';
 import { stopOnInterrupt } from './interrupt.js';
@@ -10,18 +22,20 @@ import { TrainingLog } from './training-log.js';
 
 /** Keys of the configuration that the rows or the experiment itself decide. */
 const DECIDED = [
-  ...['data', 'out', 'validation', 'lfw', 'lfwPairs', 'seed', 'resume', 'validateEvery'],
+  ...['data', 'out', 'validation', 'lfw', 'lfwPairs', 'ytf', 'ytfSplits', 'seed', 'resume'],
+  ...['validateEvery'],
   ...['loss', 'scale', 'margin', 'm1', 'm2', 'm3', 'lambda', 'marginWarmUp'],
   ...['marginGradient', 'beyondPi', 'weighting'],
 ];
 
-interface Options extends CommonOptions {
+type Given = Partial<Record<(typeof PATHS)[number], string>> & {
+  seeds?: number[];
+  evaluate?: string[];
+};
+
+interface Options extends CommonOptions, Given {
   preset?: string;
   out: string;
-  data?: string;
-  lfw?: string;
-  lfwPairs?: string;
-  seeds?: number[];
 }
 
 export function reproduceCommand(): Command {
@@ -36,6 +50,15 @@ export function reproduceCommand(): Command {
     .option('--data <path>', 'training data')
     .option('--lfw <dir>', 'folder of aligned LFW images')
     .option('--lfw-pairs <file>', "LFW's pairs.txt (default: the one in the folder)")
+    .option('--ytf <dir>', 'folder of YouTube Faces with aligned frames')
+    .option('--ytf-splits <file>', 'its list of pairs (default: splits.txt in the folder)')
+    .option('--cfp <dir>', 'folder of aligned CFP images')
+    .option('--cfp-protocol <dir>', "folder of CFP's lists (default: Protocol in the folder)")
+    .option(
+      '--evaluate <list>',
+      `what to judge by, of ${EVALUATION_SETS.join(', ')} (default: all that the experiment names)`,
+      (text: string) => text.split(','),
+    )
     .option('--seeds <list>', 'seeds, such as 1,2,3', (text: string) =>
       text.split(',').map(Number),
     );
@@ -47,13 +70,17 @@ export function reproduceCommand(): Command {
 
 async function experimentOf(
   file: string | undefined,
-  { preset, data, lfw, lfwPairs, seeds }: Options,
+  { preset, seeds, evaluate, ...options }: Options,
   config: Record<string, unknown>,
 ) {
   if ((file === undefined) === (preset === undefined)) {
     throw new HardmineError('ERR_CONFIG', 'give either an experiment (JSON) or --preset');
   }
-  const given = { data, lfw, lfwPairs, seeds };
+  const given = {
+    seeds,
+    evaluate,
+    ...Object.fromEntries(PATHS.map((key) => [key, options[key]])),
+  };
   const base = preset === undefined ? await readExperiment(file!) : presets[preset];
   if (base === undefined || base === null || typeof base !== 'object') {
     throw new HardmineError(
@@ -71,10 +98,7 @@ async function experimentOf(
   });
 }
 
-async function run(
-  experiment: ReturnType<typeof resolveExperiment>,
-  { out, json }: Options,
-): Promise<void> {
+async function run(experiment: Experiment, { out, json }: Options): Promise<void> {
   using interrupt = stopOnInterrupt('the run stops after this step and writes a checkpoint');
   const runs = await listRuns(experiment, out);
   let log = new TrainingLog();
@@ -102,12 +126,34 @@ async function run(
             ([set, measure]) => `${set} ${percent(measure.accuracy)}`,
           );
           output.note(failure ?? figures.join(', '));
+          await writeResult(experiment, runs, out);
           break;
         }
       }
     }
   } finally {
     log.end();
+    await writeResult(experiment, runs, out);
   }
-  if (json) output.json(runs);
+  const result = summarise(experiment, runs);
+  if (json) output.json(result);
+  else output.result(markdown(result));
+}
+
+/** Tables, figures and report; after every run, so that what is there can be read while the rest goes on. */
+async function writeResult(
+  experiment: Experiment,
+  runs: readonly Run[],
+  out: string,
+): Promise<void> {
+  const result = summarise(experiment, runs);
+  await writeFileAtomic(join(out, 'tables.md'), [markdown(result)]);
+  await writeFileAtomic(join(out, 'result.json'), [`${JSON.stringify(result, null, 2)}\n`]);
+  const metrics = new Map<string, MetricsLine[]>();
+  for (const { row, outcome, folder } of runs) {
+    if (outcome === null || metrics.has(row)) continue;
+    metrics.set(row, await readMetrics(join(folder, 'metrics.jsonl')));
+  }
+  const report = join(out, 'report.html');
+  await writeExperimentReport(report, result, metrics, new Date().toISOString());
 }

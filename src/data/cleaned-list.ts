@@ -3,8 +3,10 @@
  * or images with new labels ("MID/name LABEL"). Image names are compared without extension and without
  * the suffix _align, which differ between the lists and the data.
  */
+
 import { createHash } from 'node:crypto';
-import { dataError, isPlainName, quote } from './image-source.js';
+import { quote } from '../errors.js';
+import { dataError, isPlainName } from './image-source.js';
 import { readRows } from './rows.js';
 import { StringTable } from './string-table.js';
 

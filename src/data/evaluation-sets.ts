@@ -1,6 +1,8 @@
 /** Sets that are evaluated on and not trained on, as inspection sees them: their images and their words. */
+
 import { realpath, stat } from 'node:fs/promises';
 import { dirname, join, relative, resolve } from 'node:path';
+import { quote } from '../errors.js';
 import { readVerificationBin } from '../formats/verification-bin.js';
 import {
   countIdentities,
@@ -9,7 +11,6 @@ import {
   type Identities,
   type ImageFile,
   type ImageSet,
-  quote,
 } from './image-source.js';
 import { mapBounded } from './images.js';
 import { IMAGE_NAME, listFolder } from './list-folder.js';

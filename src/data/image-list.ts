@@ -2,11 +2,13 @@
  * im2rec's lists (.lst): an image a row, "index TAB label ... TAB path", the path below the folder that
  * holds the list. The first label is the identity.
  */
+
 import { createHash } from 'node:crypto';
 import { open, realpath, stat } from 'node:fs/promises';
 import { dirname, join, normalize, sep } from 'node:path';
+import { quote } from '../errors.js';
 import { type DataOptions, ioError, throwIfAborted } from './files.js';
-import { dataError, type ImageSource, quote } from './image-source.js';
+import { dataError, type ImageSource } from './image-source.js';
 import { readImageFile } from './images.js';
 import { type Row, RowIndex, readRows } from './rows.js';
 

@@ -1,7 +1,7 @@
 /** Encoded images with classes, wherever they come from: what packing writes and inspection looks at. */
 import { createHash } from 'node:crypto';
 import { join } from 'node:path';
-import { HardmineError } from '../errors.js';
+import { HardmineError, quote } from '../errors.js';
 import { readImageFile } from './images.js';
 import { readRows } from './rows.js';
 
@@ -106,11 +106,6 @@ export function isPlainName(name: string): boolean {
     // biome-ignore lint/suspicious/noControlCharactersInRegex: names go into line-based files
     !/[\u0000-\u001f\u007f\ufffd]/.test(name)
   );
-}
-
-/** Hostile text in an error: short, and without control characters. */
-export function quote(text: string): string {
-  return JSON.stringify(text.length > 60 ? `${text.slice(0, 60)}...` : text);
 }
 
 /** 'a, b, c and 4 more'. */

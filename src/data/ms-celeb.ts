@@ -3,11 +3,13 @@
  * columns separated by TABs: MID, search rank, image URL, page URL, face id, rectangle in base64, the
  * JPEG in base64. A first pass finds the rows to keep, a second reads them identity by identity.
  */
+
 import { createHash } from 'node:crypto';
 import { open, stat } from 'node:fs/promises';
+import { quote } from '../errors.js';
 import { CleanedList, isMid } from './cleaned-list.js';
 import { type DataOptions, ioError, throwIfAborted } from './files.js';
-import { dataError, type ImageSource, quote } from './image-source.js';
+import { dataError, type ImageSource } from './image-source.js';
 import { type Row, RowIndex, readRows } from './rows.js';
 import { StringTable } from './string-table.js';
 

@@ -3,9 +3,9 @@
 import { join } from 'node:path';
 import { exists } from '../data/files.js';
 import { mapBounded } from '../data/images.js';
-import { HardmineError } from '../errors.js';
+import { HardmineError, quote } from '../errors.js';
 import { type AlignFace, ImageFiles } from './image-source.js';
-import { findImage, linesOf, quote, readList, refuseMissing } from './lists.js';
+import { findImage, linesOf, readList, refuseMissing } from './lists.js';
 import {
   embedForPairs,
   evaluatePairs,
@@ -149,11 +149,9 @@ export interface CfpResult {
  *   ERR_DATA for one that cannot be read or is not 112x112, ERR_ABORTED after `signal`
  */
 export async function evaluateCfp(model: ScoreModel, options: EvaluateCfp): Promise<CfpResult> {
-  const { root, lists = join(root, 'Protocol'), align, ...embedding } = options;
+  const { root, lists, align, ...embedding } = options;
   const { protocol = 'insightface' } = embedding;
-  const { images, pairs } = await readCfpLists(lists);
-  const used = usedRows([...pairs.FF, ...pairs.FP], images);
-  const paths = await findImages(root, used.images);
+  const { pairs, used, paths } = await findCfpImages(root, lists);
   const source = new ImageFiles(paths, align);
   const embeddings = await embedForPairs(model, { images: source, ...embedding });
   const part = <Name extends string>(dataset: Name, kind: Kind): CfpPart<Name> => {
@@ -175,6 +173,17 @@ export async function evaluateCfp(model: ScoreModel, options: EvaluateCfp): Prom
     };
   };
   return { ff: part('cfp-ff', 'FF'), fp: part('cfp-fp', 'FP') };
+}
+
+/**
+ * The lists and the files that they name.
+ *
+ * @throws HardmineError ERR_PROTOCOL for bad lists or images that are missing
+ */
+export async function findCfpImages(root: string, lists = join(root, 'Protocol')) {
+  const { images, pairs } = await readCfpLists(lists);
+  const used = usedRows([...pairs.FF, ...pairs.FP], images);
+  return { pairs, used, paths: await findImages(root, used.images) };
 }
 
 /** The images that pairs name, and their rows. */

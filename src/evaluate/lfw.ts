@@ -2,9 +2,9 @@
 
 import { join } from 'node:path';
 import { mapBounded } from '../data/images.js';
-import { HardmineError } from '../errors.js';
+import { HardmineError, quote } from '../errors.js';
 import { type AlignFace, ImageFiles } from './image-source.js';
-import { findImage, isPlainName, linesOf, quote, readList, refuseMissing } from './lists.js';
+import { findImage, isPlainName, linesOf, readList, refuseMissing } from './lists.js';
 import {
   evaluateImages,
   type ImagesResult,

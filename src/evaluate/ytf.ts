@@ -5,9 +5,9 @@ import { join } from 'node:path';
 import type { Box } from '../align/boxes.js';
 import { exists } from '../data/files.js';
 import { mapBounded } from '../data/images.js';
-import { HardmineError } from '../errors.js';
+import { HardmineError, quote } from '../errors.js';
 import { type AlignFace, ImageFiles } from './image-source.js';
-import { isPlainName, linesOf, quote, readList, refuseMissing } from './lists.js';
+import { isPlainName, linesOf, readList, refuseMissing } from './lists.js';
 import {
   embedForPairs,
   evaluatePairs,

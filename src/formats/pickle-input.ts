@@ -1,6 +1,6 @@
 /** The bytes of a pickle, taken piece by piece: every length is checked and every copy is accounted for. */
 import { isUtf8 } from 'node:buffer';
-import { HardmineError } from '../errors.js';
+import { HardmineError, quote } from '../errors.js';
 
 /** Longest number or name; real ones have some 40 bytes. */
 const MAX_SHORT_BYTES = 255;
@@ -255,11 +255,4 @@ function plainest(value: bigint): number | bigint {
 /** One character a byte. */
 export function latin1Text(bytes: Uint8Array): string {
   return Buffer.from(bytes.buffer, bytes.byteOffset, bytes.length).toString('latin1');
-}
-
-/** For messages: what stands in the file may be long or hold control characters. */
-export function quote(text: string): string {
-  return JSON.stringify(
-    text.length > MAX_NAME_BYTES ? `${text.slice(0, MAX_NAME_BYTES)}...` : text,
-  );
 }

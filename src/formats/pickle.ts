@@ -5,7 +5,8 @@
  *
  * Source of the opcodes: CPython, Lib/pickletools.py.
  */
-import { COST, latin1Text, MAX_NAME_BYTES, PickleInput, quote } from './pickle-input.js';
+import { quote } from '../errors.js';
+import { COST, latin1Text, MAX_NAME_BYTES, PickleInput } from './pickle-input.js';
 
 /** A NumPy array. */
 export class PickledArray {

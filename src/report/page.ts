@@ -95,3 +95,8 @@ ${body}
 </html>
 `;
 }
+
+/** A wide table scrolls in its own box, which the keyboard can reach. `table` is HTML. */
+export function scroll(label: string, table: string, narrow = false): string {
+  return `<div class="scroll${narrow ? ' narrow' : ''}" tabindex="0" role="region" aria-label="${escapeText(label)}">${table}</div>`;
+}

@@ -16,7 +16,7 @@ import {
   similarity,
   trainingCharts,
 } from './curves.js';
-import { page } from './page.js';
+import { page, scroll } from './page.js';
 import { type Chart, drawChart, plainNumber, escapeText as text } from './svg.js';
 
 export interface ReportFace {
@@ -320,11 +320,6 @@ function flatten(config: object, prefix = ''): [string, string][] {
     }
     return [[prefix + key, Array.isArray(value) ? value.join(', ') : String(value)]];
   });
-}
-
-/** A wide table scrolls in its own box, which the keyboard can reach. */
-function scroll(label: string, table: string, narrow = false): string {
-  return `<div class="scroll${narrow ? ' narrow' : ''}" tabindex="0" role="region" aria-label="${text(label)}">${table}</div>`;
 }
 
 function interval({ low, high }: { low: number; high: number }): string {

@@ -6,8 +6,17 @@ import { type Config, nearest, resolveConfig } from '../config.js';
 import { HardmineError } from '../errors.js';
 
 /** What a row is judged by, in the order of a table's columns. */
-export const EVALUATION_SETS = ['lfw'] as const;
+export const EVALUATION_SETS = ['lfw', 'ytf', 'lfw-rank-1', 'cfp-ff', 'cfp-fp'] as const;
 export type EvaluationSet = (typeof EVALUATION_SETS)[number];
+
+/** The key that says where a set lies. */
+const PLACE = {
+  lfw: 'lfw',
+  ytf: 'ytf',
+  'lfw-rank-1': 'lfw',
+  'cfp-ff': 'cfp',
+  'cfp-fp': 'cfp',
+} as const satisfies Record<EvaluationSet, string>;
 
 const path = () => z.string().min(1);
 const settings = () => z.record(z.string(), z.unknown());
@@ -37,6 +46,10 @@ const experimentSchema = z.strictObject({
   publishedData: z.string().max(200).default(''),
   lfw: path().exactOptional(),
   lfwPairs: path().exactOptional(),
+  ytf: path().exactOptional(),
+  ytfSplits: path().exactOptional(),
+  cfp: path().exactOptional(),
+  cfpProtocol: path().exactOptional(),
   evaluate: z.array(z.enum(EVALUATION_SETS)).min(1),
   seeds: z.array(z.int().min(0)).min(1),
   /** Keys of `train` that all rows share. */
@@ -46,6 +59,11 @@ const experimentSchema = z.strictObject({
 
 export type Experiment = z.output<typeof experimentSchema>;
 export type ExperimentRow = Experiment['rows'][number];
+
+export const PATHS = [
+  'data',
+  ...(['lfw', 'lfwPairs', 'ytf', 'ytfSplits', 'cfp', 'cfpProtocol'] as const),
+] as const;
 
 /** The folder of a row. */
 export function rowFolder(name: string): string {
@@ -83,14 +101,14 @@ export function resolveExperiment(value: unknown): Experiment {
       `the experiment's "seeds" are ${JSON.stringify(experiment.seeds)}: name each once`,
     );
   }
-  for (const key of ['data', 'lfw', 'lfwPairs'] as const) {
+  for (const key of PATHS) {
     const given = experiment[key];
     if (given !== undefined) experiment[key] = resolve(given);
   }
   for (const set of experiment.evaluate) {
-    if (experiment[set] === undefined) {
+    if (experiment[PLACE[set]] === undefined) {
       throw configError(
-        `the experiment is judged by ${set} but does not say where it lies: give --${set}`,
+        `the experiment is judged by ${set} but does not say where it lies: give it as --${PLACE[set]}, or name other sets as --evaluate`,
       );
     }
   }
@@ -113,7 +131,7 @@ export function runConfig(
   out: string,
 ): Config {
   const given: Record<string, unknown> = { ...config, ...row.config };
-  const own = ['data', 'out', 'seed', 'resume', 'lfw', 'lfwPairs'].find((key) => key in given);
+  const own = [...PATHS, 'out', 'seed', 'resume'].find((key) => key in given);
   if (own !== undefined) {
     throw configError(`"config" sets "${own}", which the experiment sets itself: remove it there`);
   }

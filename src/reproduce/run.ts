@@ -6,10 +6,14 @@ import { type Config, configHash } from '../config.js';
 import { type DataOptions, openDataset } from '../data/dataset.js';
 import { exists } from '../data/files.js';
 import { HardmineError } from '../errors.js';
+import { evaluateCfp, findCfpImages } from '../evaluate/cfp.js';
+import { evaluateIdentification } from '../evaluate/identification.js';
 import { evaluateLfw } from '../evaluate/lfw.js';
 import type { VerificationResult } from '../evaluate/verification.js';
+import { evaluateYtf } from '../evaluate/ytf.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { FaceModel } from '../model.js';
+import { checkEvaluation } from '../train/evaluation.js';
 import { Trainer, type TrainerEvent, type TrainingPlan } from '../trainer.js';
 import {
   EVALUATION_SETS,
@@ -20,9 +24,9 @@ import {
 } from './experiment.js';
 
 const measureSchema = z.strictObject({
-  /** Mean over folds, a fraction. */
+  /** Mean over folds, or the share of probes identified; a fraction. */
   accuracy: z.number().min(0).max(1),
-  /** One character a pair in the list's order: 1 where the fold's threshold puts it right, else 0. */
+  /** One character a pair (or probe) in the list's order: 1 where it was judged rightly, else 0. */
   decisions: z.string().regex(/^[01]+$/),
 });
 export type Measure = z.output<typeof measureSchema>;
@@ -121,6 +125,7 @@ export async function* reproduce(
 ): AsyncGenerator<ReproduceEvent, void, void> {
   const pending = runs.filter(({ outcome }) => outcome === null);
   if (pending.length === 0) return;
+  await checkSets(experiment);
   const dataset = await openDataset(experiment.data, {
     cacheDir: join(out, '.hardmine-cache'),
     onProgress,
@@ -195,16 +200,62 @@ async function* train(
   }
 }
 
+/** What the end of every run needs is looked at before the start of the first. */
+async function checkSets(experiment: Experiment): Promise<void> {
+  const { evaluate, lfw, ytf, cfp, ...lists } = experiment;
+  await checkEvaluation({
+    ...lists,
+    validation: 'none',
+    ...(lfw && evaluate.includes('lfw') && { lfw }),
+    ...(ytf && evaluate.includes('ytf') && { ytf }),
+  });
+  if (cfp && needsCfp(experiment)) await findCfpImages(cfp, experiment.cfpProtocol);
+}
+
+const needsCfp = ({ evaluate }: Experiment): boolean =>
+  evaluate.includes('cfp-ff') || evaluate.includes('cfp-fp');
+
+/** Judges a trained model by every set of the experiment. */
 async function measure(
   experiment: Experiment,
   { out, device, threads }: Config,
   signal: AbortSignal | undefined,
 ): Promise<Outcome['measures']> {
+  const { evaluate, lfw, lfwPairs, ytf, ytfSplits, cfp, cfpProtocol } = experiment;
   const model = await FaceModel.load(join(out, 'best.safetensors'), { device, threads });
+  const stop = signal ? { signal } : {};
+  const measures: Outcome['measures'] = {};
+  const add = (
+    set: EvaluationSet,
+    { accuracy, details }: Pick<VerificationResult, 'accuracy'> & Decisions,
+  ): void => {
+    if (evaluate.includes(set)) measures[set] = measureOf(accuracy.mean, details.right);
+  };
   try {
-    const measures: Outcome['measures'] = {};
-    for (const set of experiment.evaluate) {
-      measures[set] = measureOf(await evaluators[set](model, experiment, signal));
+    if (evaluate.includes('lfw')) {
+      add(
+        'lfw',
+        await evaluateLfw(model, { root: lfw!, ...(lfwPairs && { pairs: lfwPairs }), ...stop }),
+      );
+    }
+    if (evaluate.includes('ytf')) {
+      add(
+        'ytf',
+        await evaluateYtf(model, { root: ytf!, ...(ytfSplits && { splits: ytfSplits }), ...stop }),
+      );
+    }
+    if (evaluate.includes('lfw-rank-1')) {
+      const { rank1, details } = await evaluateIdentification(model, { root: lfw!, ...stop });
+      measures['lfw-rank-1'] = measureOf(rank1, details.right);
+    }
+    if (needsCfp(experiment)) {
+      const { ff, fp } = await evaluateCfp(model, {
+        root: cfp!,
+        ...(cfpProtocol && { lists: cfpProtocol }),
+        ...stop,
+      });
+      add('cfp-ff', ff);
+      add('cfp-fp', fp);
     }
     return measures;
   } finally {
@@ -212,27 +263,10 @@ async function measure(
   }
 }
 
-const evaluators: Record<
-  EvaluationSet,
-  (
-    model: FaceModel,
-    experiment: Experiment,
-    signal: AbortSignal | undefined,
-  ) => Promise<VerificationResult>
-> = {
-  lfw: (model, { lfw, lfwPairs }, signal) =>
-    evaluateLfw(model, {
-      root: lfw!,
-      ...(lfwPairs && { pairs: lfwPairs }),
-      ...(signal && { signal }),
-    }),
-};
+interface Decisions {
+  details: { right: Uint8Array };
+}
 
-function measureOf({ accuracy, thresholds, details }: VerificationResult): Measure {
-  const { distances, same, fold } = details;
-  const right = Array.from(distances, (distance, i) => {
-    const accepted = distance < thresholds[fold[i]!]!;
-    return accepted === (same[i] === 1) ? '1' : '0';
-  });
-  return { accuracy: accuracy.mean, decisions: right.join('') };
+function measureOf(accuracy: number, right: Uint8Array): Measure {
+  return { accuracy, decisions: right.join('') };
 }

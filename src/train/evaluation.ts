@@ -10,12 +10,12 @@ import { FaceModel } from '../model.js';
 export type FinalResult = LfwResult | YtfResult;
 
 /** Whether `validation` names a list of pairs over LFW's images. */
-export function isPairsFile(config: Config): boolean {
+export function isPairsFile(config: Pick<Config, 'validation'>): boolean {
   return config.validation !== 'identities' && config.validation !== 'none';
 }
 
 /** Whether LFW is evaluated at the end; `lfw` may also be given for a validation on its pairs alone. */
-function evaluatesLfw(config: Config): boolean {
+function evaluatesLfw(config: Pick<Config, 'lfw' | 'lfwPairs' | 'validation'>): boolean {
   return config.lfw !== undefined && (config.lfwPairs !== undefined || !isPairsFile(config));
 }
 
@@ -23,7 +23,9 @@ function evaluatesLfw(config: Config): boolean {
  * What the end of a long run needs is looked at before its start: lists, that no image and no video is
  * missing, and of each data set one image's size.
  */
-export async function checkEvaluation(config: Config): Promise<void> {
+export async function checkEvaluation(
+  config: Pick<Config, 'lfw' | 'lfwPairs' | 'ytf' | 'ytfSplits' | 'validation'>,
+): Promise<void> {
   const { lfw, lfwPairs, ytf, ytfSplits } = config;
   if (lfw !== undefined && evaluatesLfw(config)) {
     const { paths } = await readLfwPairs(lfw, lfwPairs, '--lfw-pairs');

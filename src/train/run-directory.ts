@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import type { Config } from '../config.js';
 import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from '../formats/atomic.js';
+import { EventWriter } from '../formats/tfevents.js';
 
 /** One line of metrics.jsonl: means over the steps since the line before. */
 export interface MetricsLine {
@@ -28,6 +29,12 @@ export interface MetricsLine {
   lambda: number;
 }
 
+/**
+ * Where the counts of dHM/dL are divided: silenced, kept, amplified. The last bucket is open; its
+ * limit is the greatest weight of Algorithm 1 with the paper's constants, 11.72.
+ */
+const GATE_BUCKETS = { min: 0, max: 12, limits: [0.1, 1, 12] };
+
 function unwritable(path: string, cause: unknown): HardmineError {
   const reason = cause instanceof Error ? cause.message : String(cause);
   return new HardmineError(
@@ -39,6 +46,7 @@ function unwritable(path: string, cause: unknown): HardmineError {
 
 export class RunDirectory {
   private metrics: FileHandle | null = null;
+  private events: EventWriter | null = null;
 
   private constructor(readonly path: string) {}
 
@@ -100,7 +108,10 @@ export class RunDirectory {
     }
   }
 
-  /** Makes the folder, writes the configuration and opens metrics.jsonl, cut back to `step`. */
+  /**
+   * Makes the folder, writes the configuration, opens metrics.jsonl, cut back to `step`, and starts an
+   * event file for TensorBoard.
+   */
   async open(config: Config, step: number): Promise<void> {
     const metrics = this.file('metrics.jsonl');
     try {
@@ -112,19 +123,43 @@ export class RunDirectory {
         kept.map((line) => `${JSON.stringify(line)}\n`),
       );
       this.metrics = await open(metrics, 'a');
+      this.events = await EventWriter.create(this.path, step);
     } catch (cause) {
       throw cause instanceof HardmineError ? cause : unwritable(this.path, cause);
     }
     const { resume: _, ...saved } = config;
     await this.writeJson('config.json', saved);
+    await this.events?.text(
+      step,
+      'config',
+      `\`\`\`json\n${JSON.stringify(saved, null, 2)}\n\`\`\``,
+    );
   }
 
-  async append(line: MetricsLine): Promise<void> {
+  /** @param rows samples behind the means of `line` */
+  async append(line: MetricsLine, rows: number): Promise<void> {
     try {
       await this.metrics?.appendFile(`${JSON.stringify(line)}\n`);
     } catch (cause) {
       throw unwritable(this.path, cause);
     }
+    const { step, epoch, time: _, silenced, kept, amplified, ...figures } = line;
+    await this.events?.scalars(step, {
+      epoch,
+      ...Object.fromEntries(
+        Object.entries(figures).map(([name, value]) => [`training/${name}`, value]),
+      ),
+      'gate/silenced': silenced,
+      'gate/kept': kept,
+      'gate/amplified': amplified,
+    });
+    const counts = [silenced, kept, amplified].map((share) => Math.round(share * rows));
+    await this.events?.histogram(step, 'gate/weight', { ...GATE_BUCKETS, counts });
+  }
+
+  /** Figures that are no step's, for TensorBoard. */
+  async scalars(step: number, values: Readonly<Record<string, number>>): Promise<void> {
+    await this.events?.scalars(step, values);
   }
 
   async writeJson(name: string, value: unknown): Promise<void> {
@@ -137,7 +172,9 @@ export class RunDirectory {
 
   async close(): Promise<void> {
     await this.metrics?.close();
+    await this.events?.close();
     this.metrics = null;
+    this.events = null;
   }
 }
 
