@@ -231,12 +231,15 @@ NetworkSpec to_network(Napi::Value value, const std::string& name) {
 
 Weighting to_weighting(const Members& members) {
   Weighting weighting;
-  weighting.kind = members.choice<WeightingKind>(
-      "kind", {{"none", WeightingKind::none}, {"hard-mining", WeightingKind::hard_mining}});
+  weighting.kind =
+      members.choice<WeightingKind>("kind", {{"none", WeightingKind::none},
+                                             {"hard-mining", WeightingKind::hard_mining},
+                                             {"knot-magnify", WeightingKind::knot_magnify}});
   weighting.alpha = members.number("alpha");
   weighting.beta = members.number("beta");
   weighting.A = members.number("A");
   weighting.B = members.number("B");
+  weighting.gamma = members.number("gamma");
   weighting.form = members.choice<HardMiningForm>(
       "form", {{"equation", HardMiningForm::equation}, {"algorithm", HardMiningForm::algorithm}});
   weighting.reduction = members.choice<Reduction>(
@@ -246,8 +249,9 @@ Weighting to_weighting(const Members& members) {
 
 LossSpec to_loss(const Members& members) {
   LossSpec loss;
-  loss.base = members.choice<BaseKind>(
-      "base", {{"softmax", BaseKind::softmax}, {"margin", BaseKind::margin}});
+  loss.base = members.choice<BaseKind>("base", {{"softmax", BaseKind::softmax},
+                                                {"margin", BaseKind::margin},
+                                                {"euclidean-margin", BaseKind::euclidean_margin}});
   loss.margin.m1 = members.number("m1");
   loss.margin.m2 = members.number("m2");
   loss.margin.m3 = members.number("m3");
@@ -256,7 +260,13 @@ LossSpec to_loss(const Members& members) {
   loss.margin.lambda = members.number("lambda");
   loss.margin.mirror = members.boolean("mirror");
   loss.margin.detached = members.boolean("detached");
+  const Members euclidean = members.members("euclidean");
+  loss.euclidean.margin = euclidean.number("margin");
+  loss.euclidean.pull = euclidean.number("pull");
   loss.weighting = to_weighting(members.members("weighting"));
+  const Members center = members.members("center");
+  loss.center.weight = center.number("weight");
+  loss.center.rate = center.number("rate");
   return loss;
 }
 

@@ -48,13 +48,17 @@ class Head : public Handle {
 
   Head(Napi::Env env, std::shared_ptr<Worker> worker, std::shared_ptr<Slot<OwnedHead>> slot,
        const HeadSpec& spec)
-      // Weights and momentum.
-      : Handle(env, std::move(worker), 2 * spec.classes * spec.dim * int64_t{sizeof(float)}),
+      // Weights and momentum, and centers.
+      : Handle(
+            env, std::move(worker),
+            (spec.loss.has_centers() ? 3 : 2) * spec.classes * spec.dim * int64_t{sizeof(float)}),
         slot_(std::move(slot)),
         spec_(spec) {}
 
   Napi::Value set_weights(const Napi::CallbackInfo& info);
   Napi::Value read_weights(const Napi::CallbackInfo& info);
+  Napi::Value set_centers(const Napi::CallbackInfo& info);
+  Napi::Value read_centers(const Napi::CallbackInfo& info);
   Napi::Value forward_backward(const Napi::CallbackInfo& info);
   Napi::Value step(const Napi::CallbackInfo& info);
   Napi::Value peak_extra_bytes(const Napi::CallbackInfo& info);
@@ -63,6 +67,7 @@ class Head : public Handle {
  private:
   bool has_bias() const { return spec_.loss.base == BaseKind::softmax; }
   size_t weight_count() const { return static_cast<size_t>(spec_.classes * spec_.dim); }
+  size_t center_count() const { return spec_.loss.has_centers() ? weight_count() : 0; }
   size_t bias_count() const { return has_bias() ? static_cast<size_t>(spec_.classes) : 0; }
   std::shared_ptr<Rows> to_rows(const Napi::CallbackInfo& info) const;
 
@@ -112,6 +117,26 @@ Napi::Value Head::read_weights(const Napi::CallbackInfo& info) {
         object.Set("bias", has_bias ? state->bias.value() : result_env.Null());
         return object;
       });
+}
+
+Napi::Value Head::set_centers(const Napi::CallbackInfo& info) {
+  auto centers = to_vector<float>(info[0], "centers", center_count());
+  return submit(
+      info, "head.setCenters",
+      [slot = slot_, centers = std::move(centers)](const std::atomic<bool>&) {
+        slot->object->head->set_centers(centers);
+      },
+      no_result);
+}
+
+Napi::Value Head::read_centers(const Napi::CallbackInfo& info) {
+  const auto centers = std::make_shared<Output<float>>(info.Env(), center_count(), "centers");
+  return submit(
+      info, "head.readCenters",
+      [slot = slot_, centers](const std::atomic<bool>&) {
+        slot->object->head->read_centers(centers->span());
+      },
+      [centers](Napi::Env) { return centers->value(); });
 }
 
 Napi::Value Head::forward_backward(const Napi::CallbackInfo& info) {
@@ -246,6 +271,8 @@ Napi::Value create_head(const Napi::CallbackInfo& info) {
     const auto object = wrap(env, std::make_unique<Head>(env, std::move(worker), slot, spec));
     define_method<rejecting<method<Head, &Head::set_weights>>>(object, "setWeights");
     define_method<rejecting<method<Head, &Head::read_weights>>>(object, "readWeights");
+    define_method<rejecting<method<Head, &Head::set_centers>>>(object, "setCenters");
+    define_method<rejecting<method<Head, &Head::read_centers>>>(object, "readCenters");
     define_method<rejecting<method<Head, &Head::forward_backward>>>(object, "forwardBackward");
     define_method<rejecting<method<Head, &Head::step>>>(object, "step");
     define_method<rejecting<method<Head, &Head::peak_extra_bytes>>>(object, "peakExtraBytes");

@@ -52,14 +52,15 @@ struct StepSettings {
   float lr = 0.01F;
   float momentum = 0.9F;
   float weight_decay = 5e-4F;
-  bool decay_all = false;   // also biases and batch-norm parameters
-  float margin_factor = 1;  // warm-up: m1 -> 1 + (m1 - 1) f, m2 -> m2 f, m3 -> m3 f
-  float lambda = 0;         // A-Softmax annealing, replaces MarginLaw::lambda
+  bool decay_all = false;  // also biases and batch-norm parameters
+  float margin_factor =
+      1;             // warm-up: m1 -> 1 + (m1 - 1) f, m2, m3 and the Euclidean margin times f
+  float lambda = 0;  // A-Softmax annealing, replaces MarginLaw::lambda
 };
 
 // Figures of one step, over the rows of this rank.
 struct StepStats {
-  double loss = 0;       // mean weighted loss: what the gradient is of
+  double loss = 0;       // mean weighted loss plus the center loss: what the gradient is of
   double base_loss = 0;  // mean base loss
   int64_t rows = 0;
   int64_t correct = 0;                            // argmax before the margin is the label
@@ -76,7 +77,7 @@ struct HeadInput {
 
 // Where forward_backward writes; an empty span is a result not wanted.
 struct HeadOutput {
-  double loss = 0;                   // mean of weighted_loss
+  double loss = 0;                   // mean of weighted_loss, plus the center loss
   std::span<float> base_loss;        // [rows]
   std::span<float> weighted_loss;    // [rows]
   std::span<float> grad_embeddings;  // [rows, dim] of `loss`
@@ -94,9 +95,13 @@ class MarginHead {
   virtual ~MarginHead() = default;
   virtual void set_weights(std::span<const float> weights, std::span<const float> bias) = 0;
   virtual void read_weights(std::span<float> weights, std::span<float> bias) const = 0;
-  // Loss and gradients with the weights set before; the weights stay as they are.
+  // The centers of the center loss [classes, dim], 0 at first; empty where the loss has none.
+  virtual void set_centers(std::span<const float> centers) = 0;
+  virtual void read_centers(std::span<float> centers) const = 0;
+  // Loss and gradients with the weights set before; weights and centers stay as they are.
   virtual void forward_backward(const HeadInput& input, HeadOutput& output) = 0;
-  // One SGD step on the class weights; grad_embeddings is written when it is not empty.
+  // One SGD step on the class weights, then the centers move; grad_embeddings is written when it is
+  // not empty.
   virtual StepStats step(const HeadInput& input, const StepSettings& settings,
                          std::span<float> grad_embeddings) = 0;
   // Most bytes held beyond weights, momentum, inputs and gradients so far.
@@ -108,9 +113,10 @@ class MarginHead {
 enum class TensorRole : uint8_t { parameter, statistic, optimizer };
 
 // A named tensor of a session. Network tensors have torchvision's names, those of the batch-norm
-// over the embedding start with "embedding_bn.", the head's are "head.weight" and "head.bias";
-// momentum is "momentum/" + the parameter's name. "loss_scale" [2], of fp16 alone, is the scale and
-// the good steps since it last changed. Layout is torch's (OIHW, row-major), fp32.
+// over the embedding start with "embedding_bn.", the head's are "head.weight", "head.bias" and, a
+// statistic, "head.centers"; momentum is "momentum/" + the parameter's name. "loss_scale" [2], of
+// fp16 alone, is the scale and the good steps since it last changed. Layout is torch's (OIHW,
+// row-major), fp32.
 struct TensorInfo {
   std::string name;
   std::vector<int64_t> shape;

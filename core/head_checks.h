@@ -2,6 +2,7 @@
 // every device.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -10,6 +11,7 @@
 
 #include "core/backend.h"
 #include "core/error.h"
+#include "core/loss_maths.h"
 
 namespace hardmine {
 
@@ -26,6 +28,19 @@ inline void require_positive(const char* name, double value) {
     throw Error(codes::kConfig, std::string("The loss's ") + name + " is " + std::to_string(value) +
                                     "; it must be above 0.");
   }
+}
+
+inline void require_not_negative(const char* name, double value) {
+  require_finite(name, value);
+  if (value < 0) {
+    throw Error(codes::kConfig, std::string("The loss's ") + name + " is " + std::to_string(value) +
+                                    "; it must be 0 or more.");
+  }
+}
+
+inline void require_law(const EuclideanMargin& law) {
+  require_not_negative("margin", law.margin);
+  require_not_negative("pull", law.pull);
 }
 
 inline void require_law(const MarginLaw& law) {
@@ -46,6 +61,53 @@ inline void require_law(const MarginLaw& law) {
   }
 }
 
+inline void require_base(const LossSpec& loss) {
+  if (loss.base == BaseKind::margin) require_law(loss.margin);
+  if (loss.base == BaseKind::euclidean_margin) require_law(loss.euclidean);
+}
+
+// The loss of a step: its margin as far as it has grown, A-Softmax's lambda as it is then.
+inline LossSpec in_force(LossSpec loss, const StepSettings& settings) {
+  const auto factor = double{settings.margin_factor};
+  loss.margin = warmed_up(loss.margin, factor);
+  loss.margin.lambda = double{settings.lambda};
+  loss.euclidean = warmed_up(loss.euclidean, factor);
+  return loss;
+}
+
+inline void require_weighting(const Weighting& weighting) {
+  if (weighting.kind == WeightingKind::hard_mining) {
+    require_positive("alpha", weighting.alpha);
+    require_positive("beta", weighting.beta);
+    require_positive("A", weighting.A);
+    require_finite("B", weighting.B);
+  }
+  if (weighting.kind == WeightingKind::knot_magnify) {
+    require_not_negative("gamma", weighting.gamma);
+    constexpr double kMostGamma = 1e6;  // there p = 1 has a weight of 1e-12: no sample is left
+    if (weighting.gamma > kMostGamma) {
+      throw Error(codes::kConfig, "The loss's gamma is " + std::to_string(weighting.gamma) +
+                                      "; it must be at most 1000000.");
+    }
+    if (weighting.reduction == Reduction::batch) {
+      throw Error(codes::kConfig,
+                  "The weighting knot-magnify has the reduction batch; it is defined for each "
+                  "sample alone, so use the reduction sample.");
+    }
+  }
+}
+
+inline void require_centers(const CenterLoss& center) {
+  require_not_negative("center weight", center.weight);
+  require_not_negative("center rate", center.rate);
+  if (center.rate > 1) {
+    throw Error(
+        codes::kConfig,
+        "The loss's center rate is " + std::to_string(center.rate) +
+            "; it must be at most 1, where a center becomes the mean of itself and its rows.");
+  }
+}
+
 // `most_dim`: the longest embedding that the backend takes.
 inline void require_head_spec(const HeadSpec& spec, int64_t most_dim) {
   if (spec.classes < 1 || spec.classes > std::numeric_limits<int32_t>::max()) {
@@ -57,14 +119,9 @@ inline void require_head_spec(const HeadSpec& spec, int64_t most_dim) {
                                     std::to_string(most_dim) + " numbers, not " +
                                     std::to_string(spec.dim) + ".");
   }
-  if (spec.loss.base == BaseKind::margin) require_law(spec.loss.margin);
-  const Weighting& weighting = spec.loss.weighting;
-  if (weighting.kind == WeightingKind::hard_mining) {
-    require_positive("alpha", weighting.alpha);
-    require_positive("beta", weighting.beta);
-    require_positive("A", weighting.A);
-    require_finite("B", weighting.B);
-  }
+  require_base(spec.loss);
+  require_weighting(spec.loss.weighting);
+  require_centers(spec.loss.center);
 }
 
 inline void require_size(const char* what, size_t found, int64_t expected) {
@@ -135,6 +192,15 @@ inline void require_embeddings(const HeadInput& input, const HeadSpec& spec) {
 [[noreturn]] inline void throw_bad_bias(int64_t j, float bias) {
   throw Error(codes::kNonFinite, "The bias of class " + std::to_string(j) + " is " +
                                      std::to_string(bias) + "; a finite number is expected.");
+}
+
+// `center` is that of class `j`; not all of it is finite.
+[[noreturn]] inline void throw_bad_center(int64_t j, std::span<const float> center) {
+  const int64_t k = std::max<int64_t>(first_non_finite(center), 0);
+  throw Error(codes::kNonFinite, "The center of class " + std::to_string(j) + " has " +
+                                     std::to_string(center[static_cast<size_t>(k)]) +
+                                     " at position " + std::to_string(k) +
+                                     "; finite numbers are expected: set other centers.");
 }
 
 [[noreturn]] inline void throw_bad_loss(int64_t row, double loss) {

@@ -2,9 +2,10 @@
 // on the number type, so that kernels run it in float and tests in double. Everything here is
 // called once a row (the target's column, the row's loss), never once a logit.
 //
-// Sources: hard mining is the paper's Equation 2 and Algorithm 1; psi is SphereFace's (Liu et al.
-// 2017) extended to m1 theta + m2 (ArcFace, Deng et al. 2019) and to m3 (CosFace, Wang et al.
-// 2018).
+// Sources: hard mining is the paper's Equation 2 and Algorithm 1; Knot Magnify is Rao et al.'s; psi
+// is SphereFace's (Liu et al. 2017) extended to m1 theta + m2 (ArcFace, Deng et al. 2019) and to m3
+// (CosFace, Wang et al. 2018); centers move as in Wen et al. 2016. The Euclidean margin loss is our
+// reading of "Making Faces More Separable", of which only the abstract is public to us.
 #pragma once
 
 #include <cmath>
@@ -32,29 +33,53 @@ HARDMINE_HD T sigmoid(T x) {
 
 // ---- The weighting of a row's loss ----
 
-// A row's loss L after the weighting: HM(L) and dHM/dL, which multiplies the row's gradient.
+// A row's loss L after the weighting, W(L), and dW/dL, which multiplies the row's gradient.
 template <typename T>
 struct WeightedLoss {
   T weighted;
   T gradient_weight;
 };
 
-// HM(L) / L = c g(L) with g(L) = sigmoid(A (beta L - B)) and c = alpha (Equation 2) or alpha beta
-// (Algorithm 1, whose x is already beta L). 1 without a weighting.
+// Knot Magnify's gamma p with p = e^-L, and 1 / (gamma p + 1).
+template <typename T>
+struct Knot {
+  T gamma_p;
+  T inverse;
+};
+
+template <typename T>
+HARDMINE_HD Knot<T> knot_at(T loss, const Weighting& weighting) {
+  const T gamma_p = T(weighting.gamma) * std::exp(-loss);
+  return {gamma_p, T(1) / (gamma_p + T(1))};
+}
+
+// W(L) / L. Hard mining: c g(L) with g(L) = sigmoid(A (beta L - B)) and c = alpha (Equation 2) or
+// alpha beta (Algorithm 1, whose x is already beta L). Knot Magnify: (gamma p + 1)^-2. 1 without a
+// weighting.
 template <typename T>
 HARDMINE_HD T weighting_ratio(T loss, const Weighting& weighting) {
   if (weighting.kind == WeightingKind::none) return T(1);
+  if (weighting.kind == WeightingKind::knot_magnify) {
+    const Knot<T> knot = knot_at(loss, weighting);
+    return knot.inverse * knot.inverse;
+  }
   const T beta = T(weighting.beta);
   const T c =
       weighting.form == HardMiningForm::equation ? T(weighting.alpha) : T(weighting.alpha) * beta;
   return c * sigmoid(T(weighting.A) * (beta * loss - T(weighting.B)));
 }
 
-// HM(L) = c L g and dHM/dL = c [g + beta A L g (1 - g)]. The reduction plays no part: `loss` is one
-// row's loss, or the mean of a batch.
+// HM(L) = c L g and dHM/dL = c [g + beta A L g (1 - g)]; KM(L) = L (gamma p + 1)^-2 and dKM/dL =
+// (gamma p + 1)^-2 + 2 gamma p L (gamma p + 1)^-3. The reduction plays no part: `loss` is one row's
+// loss, or the mean of a batch.
 template <typename T>
 HARDMINE_HD WeightedLoss<T> weight_loss(T loss, const Weighting& weighting) {
   if (weighting.kind == WeightingKind::none) return {loss, T(1)};
+  if (weighting.kind == WeightingKind::knot_magnify) {
+    const Knot<T> knot = knot_at(loss, weighting);
+    const T ratio = knot.inverse * knot.inverse;
+    return {loss * ratio, ratio * (T(1) + T(2) * knot.gamma_p * knot.inverse * loss)};
+  }
   const T beta = T(weighting.beta), A = T(weighting.A), B = T(weighting.B);
   const T ratio = weighting_ratio(loss, weighting);
   const T closed = sigmoid(A * (B - beta * loss));  // 1 - g, without cancellation
@@ -143,6 +168,64 @@ HARDMINE_HD MarginValue<T> margin_target(T cosine, const MarginLaw& law) {
   }
   return {(lambda * cosine + psi.value) / (T(1) + lambda),
           (lambda + psi.derivative) / (T(1) + lambda)};
+}
+
+// ---- The Euclidean margin over classes in parts ----
+//
+// With z_j = 2 cos_j every distance is d_j = 2 - z_j, so that margin + d_y - d_j = z_j - (z_y -
+// margin): a hinge is what a class's logit z_j is above one threshold of its row.
+
+inline constexpr double kEuclideanScale = 2;  // z_j / cos_j
+
+// The law with its margin grown to the share `factor` of [0, 1].
+HARDMINE_HD inline EuclideanMargin warmed_up(EuclideanMargin law, double factor) {
+  law.margin *= factor;
+  return law;
+}
+
+// The hinges of some classes of a row: their sum, how many are above 0 (one that is exactly 0 is
+// not active; one that is NaN is, so that the loss shows it), and the largest logit, active or not.
+// The default is that of no classes.
+template <typename T>
+struct HingeSum {
+  T sum = T(0);
+  T max = std::numeric_limits<T>::lowest();
+  int32_t active = 0;
+};
+
+template <typename T>
+HARDMINE_HD void add_hinge(HingeSum<T>& sums, T logit, T threshold) {
+  const T hinge = logit - threshold;
+  if (!(hinge <= T(0))) {
+    sums.sum += hinge;
+    ++sums.active;
+  }
+  if (logit > sums.max) sums.max = logit;
+}
+
+template <typename T>
+HARDMINE_HD HingeSum<T> merge(const HingeSum<T>& a, const HingeSum<T>& b) {
+  return {a.sum + b.sum, a.max > b.max ? a.max : b.max, a.active + b.active};
+}
+
+// A row's loss from the hinges of all the other classes. Every active class has the derivative 1 /
+// active by its logit; that of the target, -([active > 0] + pull), is given in units of it.
+template <typename T>
+struct EuclideanLoss {
+  T loss;
+  T unit;
+  T target;
+};
+
+template <typename T>
+HARDMINE_HD EuclideanLoss<T> euclidean_loss(T target, const HingeSum<T>& others,
+                                            const EuclideanMargin& law) {
+  const T count = others.active > 0 ? T(others.active) : T(1);
+  // Rounding may take the target's cosine above 1.
+  const T distance = target > T(kEuclideanScale) ? T(0) : T(kEuclideanScale) - target;
+  const T pull = T(law.pull);
+  return {others.sum / count + pull * distance, T(1) / count,
+          -((others.active > 0 ? T(1) : T(0)) + pull) * count};
 }
 
 // ---- Softmax over classes in parts ----

@@ -119,6 +119,7 @@ HeadBase::HeadBase(const HeadSpec& spec, const Execution& execution)
   omp_set_num_threads(threads_);
   weights_ = Buffer<float>(state_meter_, spec_.classes * spec_.dim);
   if (is_softmax()) bias_ = Buffer<float>(state_meter_, spec_.classes);
+  if (spec_.loss.has_centers()) centers_ = Buffer<float>(state_meter_, weights_.size());
   class_scale_ = Buffer<float>(meter_, spec_.classes);
   sums_ = Buffer<double>(meter_, 2 * spec_.dim);
   state_changed();
@@ -137,6 +138,16 @@ void HeadBase::read_weights(std::span<float> weights, std::span<float> bias) con
   require_size("biases", bias.size(), bias_.size());
   std::copy_n(weights_.data(), weights_.size(), weights.begin());
   std::copy_n(bias_.data(), bias_.size(), bias.begin());
+}
+
+void HeadBase::set_centers(std::span<const float> centers) {
+  require_size("centers", centers.size(), centers_.size());
+  std::copy(centers.begin(), centers.end(), centers_.data());
+}
+
+void HeadBase::read_centers(std::span<float> centers) const {
+  require_size("centers", centers.size(), centers_.size());
+  std::copy_n(centers_.data(), centers_.size(), centers.begin());
 }
 
 void HeadBase::need_momentum() {
@@ -203,7 +214,9 @@ void HeadBase::prepare_rows(const Request& request) {
     require_embedding(i, {x, static_cast<size_t>(spec_.dim)});
     if (is_softmax()) continue;
     row.inverse_norm = 1 / std::max(row.norm, kNormFloor);
-    row.scale = request.law.norm_scale ? std::max(row.norm, kNormFloor) : request.law.scale;
+    row.scale = is_euclidean()                ? kEuclideanScale
+                : spec_.loss.scales_by_norm() ? std::max(row.norm, kNormFloor)
+                                              : request.loss.margin.scale;
   }
   int64_t* order = by_label_.data();
   std::iota(order, order + rows, int64_t{0});
@@ -212,12 +225,17 @@ void HeadBase::prepare_rows(const Request& request) {
   });
 }
 
-void HeadBase::place_target(HeadRow& row, double cosine, const MarginLaw& law) const {
+void HeadBase::place_target(HeadRow& row, double cosine, const Request& request) const {
   if (is_softmax()) {
     row.plain_logit = row.logit = cosine + double{bias_[row.label]};
     return;
   }
-  const MarginValue<double> psi = margin_target(cosine, law);
+  if (is_euclidean()) {
+    row.plain_logit = row.logit = row.scale * cosine;
+    row.threshold = row.logit - request.loss.euclidean.margin;
+    return;
+  }
+  const MarginValue<double> psi = margin_target(cosine, request.loss.margin);
   row.psi_derivative = psi.derivative;
   row.radial = psi.value - psi.derivative * cosine;
   row.plain_logit = row.scale * cosine;
@@ -233,6 +251,15 @@ void HeadBase::finish_row(int64_t i, const SoftmaxSum<double>& others) {
   row.correct = row.plain_logit > others.max;
 }
 
+void HeadBase::finish_row(const Request& request, int64_t i, const HingeSum<double>& others) {
+  HeadRow& row = rows_[i];
+  const EuclideanLoss<double> loss = euclidean_loss(row.logit, others, request.loss.euclidean);
+  losses_[i] = loss.loss;
+  row.unit = loss.unit;
+  row.residual = loss.target;
+  row.correct = row.plain_logit > others.max;
+}
+
 void HeadBase::weigh_rows(const Request& request) {
   for (int64_t i = 0; i < request.rows(); ++i) {
     if (!std::isfinite(losses_[i])) throw_bad_loss(i, losses_[i]);
@@ -241,7 +268,7 @@ void HeadBase::weigh_rows(const Request& request) {
 }
 
 double HeadBase::row_factor(int64_t i) const {
-  return factors_[i] / static_cast<double>(rows_.size()) * rows_[i].scale;
+  return factors_[i] / static_cast<double>(rows_.size()) * rows_[i].unit * rows_[i].scale;
 }
 
 void HeadBase::embedding_gradient(int64_t i, float* gradient, const float* operand,
@@ -250,7 +277,7 @@ void HeadBase::embedding_gradient(int64_t i, float* gradient, const float* opera
   const double factor = row_factor(i) * row.inverse_norm;
   if (!is_softmax()) {
     // Only the part across x turns it; along x the cosines stay, and only A-Softmax's scale grows.
-    const double along = spec_.loss.margin.norm_scale
+    const double along = spec_.loss.scales_by_norm()
                              ? row.residual * row.radial
                              : -double{loops_.dot(gradient, operand, spec_.dim)};
     loops_.add_scaled(gradient, operand, static_cast<float>(along), gradient, spec_.dim);
@@ -300,20 +327,22 @@ void HeadBase::forward_backward(const HeadInput& input, HeadOutput& output) {
   require_room("gradients of the biases", output.grad_bias, bias_.size());
 
   const Request request{.input = input,
-                        .law = spec_.loss.margin,
+                        .loss = spec_.loss,
                         .settings = nullptr,
                         .grad_embeddings = output.grad_embeddings,
                         .grad_weights = output.grad_weights,
                         .grad_bias = output.grad_bias};
   prepare_rows(request);
+  const double center = center_loss(input);
   run(request);
+  add_center_gradient(request);
   double sum = 0;
   for (int64_t i = 0; i < rows; ++i) {
     sum += weighted_[i];
     if (!output.base_loss.empty()) output.base_loss[i] = static_cast<float>(losses_[i]);
     if (!output.weighted_loss.empty()) output.weighted_loss[i] = static_cast<float>(weighted_[i]);
   }
-  output.loss = sum / static_cast<double>(rows);
+  output.loss = sum / static_cast<double>(rows) + center;
 }
 
 StepStats HeadBase::step(const HeadInput& input, const StepSettings& settings,
@@ -323,21 +352,23 @@ StepStats HeadBase::step(const HeadInput& input, const StepSettings& settings,
   if (!grad_embeddings.empty()) {
     require_size("gradients of the embeddings", grad_embeddings.size(), rows * spec_.dim);
   }
-  MarginLaw law = warmed_up(spec_.loss.margin, double{settings.margin_factor});
-  law.lambda = double{settings.lambda};
-  if (!is_softmax()) require_law(law);
+  const LossSpec loss = in_force(spec_.loss, settings);
+  require_base(loss);
   need_momentum();
 
   const Request request{.input = input,
-                        .law = law,
+                        .loss = loss,
                         .settings = &settings,
                         .grad_embeddings = grad_embeddings,
                         .grad_weights = {},
                         .grad_bias = {}};
   prepare_rows(request);
-  run(request);
-
   StepStats stats;
+  stats.loss = center_loss(input);
+  run(request);
+  add_center_gradient(request);
+  move_centers(input);
+
   stats.rows = rows;
   for (int64_t i = 0; i < rows; ++i) {
     stats.loss += weighted_[i] / static_cast<double>(rows);
@@ -358,6 +389,54 @@ StepStats HeadBase::step(const HeadInput& input, const StepSettings& settings,
   }
   stats.mean_cosine = mean_cosine(input);
   return stats;
+}
+
+double HeadBase::center_loss(const HeadInput& input) const {
+  if (!spec_.loss.has_centers()) return 0;
+  double sum = 0;
+  for (int64_t i = 0; i < rows_.size(); ++i) {
+    const float* x = input.embeddings.data() + i * spec_.dim;
+    const float* c = centers_.data() + int64_t{rows_[i].label} * spec_.dim;
+    double squares = 0;
+    for (int64_t k = 0; k < spec_.dim; ++k) {
+      const double difference = double{x[k]} - double{c[k]};
+      squares += difference * difference;
+    }
+    if (!std::isfinite(squares))
+      throw_bad_center(rows_[i].label, {c, static_cast<size_t>(spec_.dim)});
+    sum += squares;
+  }
+  return spec_.loss.center.weight / (2 * static_cast<double>(rows_.size())) * sum;
+}
+
+void HeadBase::add_center_gradient(const Request& request) const {
+  if (!spec_.loss.has_centers() || request.grad_embeddings.empty()) return;
+  const auto factor =
+      static_cast<float>(spec_.loss.center.weight / static_cast<double>(rows_.size()));
+  for (int64_t i = 0; i < rows_.size(); ++i) {
+    const float* x = request.input.embeddings.data() + i * spec_.dim;
+    const float* c = centers_.data() + int64_t{rows_[i].label} * spec_.dim;
+    float* gradient = request.grad_embeddings.data() + i * spec_.dim;
+    for (int64_t k = 0; k < spec_.dim; ++k) gradient[k] += factor * (x[k] - c[k]);
+  }
+}
+
+// c -= rate sum (c - x) / (1 + n), the rows of a class in their order.
+void HeadBase::move_centers(const HeadInput& input) const {
+  if (!spec_.loss.has_centers()) return;
+  const int64_t rows = rows_.size();
+  double* sum = sums_.data();
+  for (int64_t from = 0, to = 0; from < rows; from = to) {
+    const int64_t label = rows_[by_label_[from]].label;
+    float* c = centers_.data() + label * spec_.dim;
+    std::fill_n(sum, spec_.dim, 0.0);
+    for (to = from; to < rows && rows_[by_label_[to]].label == label; ++to) {
+      const float* x = input.embeddings.data() + by_label_[to] * spec_.dim;
+      for (int64_t k = 0; k < spec_.dim; ++k) sum[k] += double{c[k]} - double{x[k]};
+    }
+    const double step = spec_.loss.center.rate / static_cast<double>(1 + to - from);
+    for (int64_t k = 0; k < spec_.dim; ++k) c[k] = static_cast<float>(double{c[k]} - step * sum[k]);
+  }
 }
 
 // The sum of cosines over all pairs is the squared length of the sum of normalised embeddings;

@@ -16,6 +16,7 @@ class CpuMarginHead : public MarginHead {
   virtual std::span<float> bias() = 0;             // [classes], empty unless softmax
   virtual std::span<float> weight_momentum() = 0;  // [classes, dim]
   virtual std::span<float> bias_momentum() = 0;
+  virtual std::span<float> centers() = 0;  // [classes, dim], empty without a center loss
   virtual void state_changed() = 0;
 };
 

@@ -151,8 +151,10 @@ struct HeadRow {
   double radial = 0;          // psi - psi' cos, the target's share in d L / d ||x|| (A-Softmax)
   double plain_logit = 0;     // the target's before the margin
   double logit = 0;           // and after it
+  double unit = 1;            // what dL/dlogit is given in: 1; Euclidean margin: 1 / active classes
   double residual = 0;        // dL/dlogit of the target, p - 1
   double log_sum = 0;         // ln of the softmax's denominator, so that p_j = e^(z_j - log_sum)
+  double threshold = 0;       // Euclidean margin: of the logits of active classes
   bool correct = false;       // no other class has as large a logit as the target before the margin
 };
 
@@ -162,6 +164,8 @@ class HeadBase : public CpuMarginHead {
 
   void set_weights(std::span<const float> weights, std::span<const float> bias) override;
   void read_weights(std::span<float> weights, std::span<float> bias) const override;
+  void set_centers(std::span<const float> centers) override;
+  void read_centers(std::span<float> centers) const override;
   void forward_backward(const HeadInput& input, HeadOutput& output) override;
   StepStats step(const HeadInput& input, const StepSettings& settings,
                  std::span<float> grad_embeddings) override;
@@ -172,6 +176,7 @@ class HeadBase : public CpuMarginHead {
   std::span<float> bias() override { return bias_.span(); }
   std::span<float> weight_momentum() override;
   std::span<float> bias_momentum() override;
+  std::span<float> centers() override { return centers_.span(); }
   void state_changed() override;
 
  protected:
@@ -179,28 +184,31 @@ class HeadBase : public CpuMarginHead {
   // where they are wanted, or (settings != null) an SGD step made with them.
   struct Request {
     const HeadInput& input;
-    MarginLaw law;
+    LossSpec loss;  // as it is in force
     const StepSettings* settings = nullptr;
     std::span<float> grad_embeddings;
     std::span<float> grad_weights;
     std::span<float> grad_bias;
     int64_t rows() const { return static_cast<int64_t>(input.labels.size()); }
   };
-  // Forward and backward. Calls place_target() and finish_row() for every row and weigh_rows() when
-  // all are finished.
+  // Forward and backward of the weighted base loss. Calls place_target() and finish_row() for every
+  // row and weigh_rows() when all are finished.
   virtual void run(const Request& request) = 0;
 
   bool is_softmax() const { return spec_.loss.base == BaseKind::softmax; }
+  bool is_euclidean() const { return spec_.loss.base == BaseKind::euclidean_margin; }
   // The target's logits from its cosine (softmax: its logit).
-  void place_target(HeadRow& row, double cosine, const MarginLaw& law) const;
-  // The loss from the softmax over all other classes.
+  void place_target(HeadRow& row, double cosine, const Request& request) const;
+  // The loss from the softmax, or the hinges, over all other classes.
   void finish_row(int64_t i, const SoftmaxSum<double>& others);
+  void finish_row(const Request& request, int64_t i, const HingeSum<double>& others);
   // Weighting and checks, once every row has its loss.
   void weigh_rows(const Request& request);
   // d loss / d x_i from `gradient` = sum_j dL/dz_j (psi' at the target) w_hat_j, which it may
   // overwrite; `operand` is x_i times its inverse norm.
   void embedding_gradient(int64_t i, float* gradient, const float* operand, float* out) const;
-  // What rows' gradients are multiplied by for the class weights' gradient: factor / N * scale.
+  // What rows' gradients are multiplied by for the class weights' gradient: factor / N * unit *
+  // scale.
   double row_factor(int64_t i) const;
   // 1 / max(norm, 1e-12) of a class (softmax: 1) from its sum of squares; NaN when that is not
   // finite.
@@ -224,6 +232,7 @@ class HeadBase : public CpuMarginHead {
 
   Buffer<float> weights_, weight_momentum_;     // [classes, dim]
   Buffer<float> bias_, bias_momentum_;          // [classes] or empty
+  Buffer<float> centers_;                       // [classes, dim] or empty
   Buffer<float> class_scale_;                   // [classes]
   Buffer<HeadRow> rows_;                        // of the present batch
   Buffer<double> losses_, weighted_, factors_;  // [rows]
@@ -235,6 +244,11 @@ class HeadBase : public CpuMarginHead {
   void prepare_rows(const Request& request);
   void need_momentum();
   double mean_cosine(const HeadInput& input) const;
+  // The center loss, 0 where there is none.
+  double center_loss(const HeadInput& input) const;
+  // Adds its gradient where those of the embeddings are wanted.
+  void add_center_gradient(const Request& request) const;
+  void move_centers(const HeadInput& input) const;
 
   Buffer<double> sums_;  // [2, dim]: of all normalised embeddings, of one identity's
   std::shared_ptr<WholeProducts> whole_products_;

@@ -3,10 +3,12 @@
 // Each worker (thread) owns a contiguous range of classes and runs single-threaded products on
 // tiles of them, so that threads meet only between the passes:
 //   pass 1  tile = W_c x_hat^T; each row's running max and sum over all classes but its own
+//           (Euclidean margin: its hinges above a threshold, which the target alone decides)
 //   rows    the worker's sums merged in a fixed order; loss, weighting, factor
 //   pass 2  tile again, from the last to the first (as many as were kept are still there, never
 //   more
-//           than half of them); D = p * inverse class norm, the target's element set apart in fp32;
+//           than half of them); D = p * inverse class norm (p is 1 for an active class of the
+//           Euclidean margin), the target's element set apart in fp32;
 //           dX += D^T W_c; dW_c = D (f x_hat); the backward of the weights' normalisation and the
 //           SGD update while W_c and dW_c are in cache.
 // What multiplies a whole row (scale, weighting, 1 / N) is folded into x_hat for dW and applied to
@@ -99,7 +101,8 @@ struct Worker {
   Buffer<uint16_t> weights_bf16;  // [c, dim]
   Buffer<float> gradient;         // [c, dim] dW_c
   Buffer<float> grad_x;           // [R, dim] this worker's classes' share
-  Buffer<float> max, sum;         // [R] of base-2 logits
+  Buffer<float> max, sum;         // [R] of base-2 logits; Euclidean margin: of logits and hinges
+  Buffer<int32_t> active;         // [R] Euclidean margin: hinges above 0
 };
 
 // Everything that depends on the number of rows.
@@ -108,9 +111,9 @@ struct Plan {
   int64_t tile_classes, tiles, kept;
   Buffer<float> x_hat;       // [R, dim]
   Buffer<float> x_weighted;  // [R, dim] times the row's factor
-  Buffer<float> row_scale;   // [R] base 2
+  Buffer<float> row_scale;   // [R] base 2 (Euclidean margin: as it is)
   Buffer<float> row_weight;  // [R] what multiplies the row's gradient by the weights
-  Buffer<float> log_sum;     // [R] base 2
+  Buffer<float> level;       // [R] the softmax's log-sum in base 2; Euclidean margin: the threshold
   std::unique_ptr<Packed> x_packed, x_weighted_packed;
   std::vector<std::unique_ptr<Worker>> workers;
 };
@@ -124,7 +127,7 @@ class FusedHead : public HeadBase {
 
   Plan& plan_for(int64_t rows);
   void prepare_operands(const Request& request, Plan& plan, Range rows);
-  void softmax_pass(Plan& plan, int w);
+  void forward_pass(Plan& plan, int w);
   void gradient_pass(const Request& request, Plan& plan, int w);
   void finish_rows(const Request& request, Plan& plan);
   void finish_biases(const Request& request, const Plan& plan, const void* d, Range classes);
@@ -203,15 +206,16 @@ Plan& FusedHead::plan_for(int64_t rows) {
     worker->grad_x = Buffer<float>(meter_, plan->padded * dim);
     worker->max = Buffer<float>(meter_, plan->padded);
     worker->sum = Buffer<float>(meter_, plan->padded);
+    if (is_euclidean()) worker->active = Buffer<int32_t>(meter_, plan->padded);
     plan->workers.push_back(std::move(worker));
   }
   plan->x_hat = Buffer<float>(meter_, plan->padded * dim);
   plan->x_weighted = Buffer<float>(meter_, plan->padded * dim);
   plan->row_scale = Buffer<float>(meter_, plan->padded);
   plan->row_weight = Buffer<float>(meter_, plan->padded);
-  plan->log_sum = Buffer<float>(meter_, plan->padded);
-  // Rows of the padding have no probability of any class, whatever its bias.
-  std::fill_n(plan->log_sum.data(), plan->padded, std::numeric_limits<float>::max());
+  plan->level = Buffer<float>(meter_, plan->padded);
+  // Rows of the padding have no probability of any class, whatever its bias, and no hinge.
+  std::fill_n(plan->level.data(), plan->padded, std::numeric_limits<float>::max());
   const TileProducts& products = plan->workers.front()->whole;
   plan->x_packed =
       std::make_unique<Packed>(engine_, meter_, matrix_desc(dim, plan->padded, kF32, true),
@@ -228,7 +232,7 @@ void FusedHead::run(const Request& request) {
   Plan& plan = plan_for(request.rows());
   run_team(threads_, [&](int w) { prepare_operands(request, plan, part(plan.rows, w, threads_)); });
   plan.x_packed->run(stream_);
-  run_team(threads_, [&](int w) { softmax_pass(plan, w); });
+  run_team(threads_, [&](int w) { forward_pass(plan, w); });
   finish_rows(request, plan);
   plan.x_weighted_packed->run(stream_);
   run_team(threads_, [&](int w) { gradient_pass(request, plan, w); });
@@ -264,8 +268,9 @@ void FusedHead::prepare_operands(const Request& request, Plan& plan, Range rows)
     }
     // fp32: the class norm in double too, since acos near 1 multiplies the cosine's error.
     const double class_scale = bf16() ? double{class_scale_[row.label]} : class_scale_of(squares);
-    place_target(row, dot * class_scale, request.law);
-    plan.row_scale[i] = static_cast<float>(row.scale) * kLog2E;
+    place_target(row, dot * class_scale, request);
+    plan.row_scale[i] = static_cast<float>(row.scale) * (is_euclidean() ? 1.0F : kLog2E);
+    if (is_euclidean()) plan.level[i] = static_cast<float>(row.threshold);
   }
 }
 
@@ -297,10 +302,11 @@ LogitTile FusedHead::tile_of(const Plan& plan, const Worker& worker, int64_t t) 
           .row_scale = plan.row_scale.data()};
 }
 
-void FusedHead::softmax_pass(Plan& plan, int w) {
+void FusedHead::forward_pass(Plan& plan, int w) {
   Worker& worker = *plan.workers[w];
   std::fill_n(worker.max.data(), plan.padded, std::numeric_limits<float>::lowest());
   std::fill_n(worker.sum.data(), plan.padded, 0.0F);
+  std::fill_n(worker.active.data(), worker.active.size(), 0);
   const Range tiles = part(plan.tiles, w, threads_);
   for (int64_t t = tiles.from; t < tiles.to; ++t) {
     const Range classes = tile_range(plan, t);
@@ -311,7 +317,13 @@ void FusedHead::softmax_pass(Plan& plan, int w) {
       dots[(rows_[i].label - classes.from) * plan.padded + i] =
           -std::numeric_limits<float>::infinity();
     });
-    loops_.softmax_tile(tile_of(plan, worker, t), worker.max.data(), worker.sum.data());
+    const LogitTile tile = tile_of(plan, worker, t);
+    if (is_euclidean()) {
+      loops_.hinge_tile(
+          tile, {plan.level.data(), worker.sum.data(), worker.max.data(), worker.active.data()});
+    } else {
+      loops_.softmax_tile(tile, worker.max.data(), worker.sum.data());
+    }
   }
 }
 
@@ -320,12 +332,21 @@ void FusedHead::finish_rows(const Request& request, Plan& plan) {
   run_team(threads_, [&](int w) {
     const Range rows = part(plan.rows, w, threads_);
     for (int64_t i = rows.from; i < rows.to; ++i) {
+      if (is_euclidean()) {
+        HingeSum<double> others;
+        for (const auto& worker : plan.workers) {
+          others =
+              merge(others, {double{worker->sum[i]}, double{worker->max[i]}, worker->active[i]});
+        }
+        finish_row(request, i, others);
+        continue;
+      }
       SoftmaxSum<double> others;
       for (const auto& worker : plan.workers) {
         others = merge(others, {double{worker->max[i]} * kLn2, double{worker->sum[i]}});
       }
       finish_row(i, others);
-      plan.log_sum[i] = static_cast<float>(rows_[i].log_sum / kLn2);
+      plan.level[i] = static_cast<float>(rows_[i].log_sum / kLn2);
     }
   });
   weigh_rows(request);
@@ -352,10 +373,13 @@ void FusedHead::gradient_pass(const Request& request, Plan& plan, int w) {
     float* dots = dots_of(plan, worker, t);
     const void* d = dots;
     if (bf16()) {
-      loops_.gradient_tile_bf16(tile, plan.log_sum.data(), worker.tile_bf16.data());
+      const auto fill =
+          is_euclidean() ? loops_.hinge_gradient_tile_bf16 : loops_.gradient_tile_bf16;
+      fill(tile, plan.level.data(), worker.tile_bf16.data());
       d = worker.tile_bf16.data();
     } else {
-      loops_.gradient_tile(tile, plan.log_sum.data(), dots);
+      const auto fill = is_euclidean() ? loops_.hinge_gradient_tile : loops_.gradient_tile;
+      fill(tile, plan.level.data(), dots);
     }
     for_targets(classes, [&](int64_t i) {
       const int64_t at = (rows_[i].label - classes.from) * plan.padded + i;

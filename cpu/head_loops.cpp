@@ -107,6 +107,66 @@ void gradient_tile_bf16(const LogitTile& tile, const float* log_sum, uint16_t* o
   }
 }
 
+// The hinges of a strip are summed apart, so that a row of many classes loses few digits.
+void hinge_strip(const LogitTile& tile, int64_t class_from, int64_t class_to, int64_t row_from,
+                 int64_t count, const HingeRows& rows) {
+  float sum[kStripRows];
+  const float* row_scale = tile.row_scale + row_from;
+  const float* threshold = rows.threshold + row_from;
+  float* max = rows.max + row_from;
+  int32_t* active = rows.active + row_from;
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) sum[i] = 0.0F;
+  for (int64_t j = class_from; j < class_to; ++j) {
+    const float* dots = tile.dots + j * tile.rows + row_from;
+    const float scale = tile.class_scale[j];
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      const float logit = dots[i] * scale * row_scale[i];
+      const float hinge = logit - threshold[i];
+      sum[i] += hinge <= 0.0F ? 0.0F : hinge;
+      active[i] += hinge <= 0.0F ? 0 : 1;
+      max[i] = larger(logit, max[i]);
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) rows.sum[row_from + i] += sum[i];
+}
+
+void hinge_tile(const LogitTile& tile, const HingeRows& rows) {
+  for (int64_t j = 0; j < tile.classes; j += kStripClasses) {
+    const int64_t class_to = j + kStripClasses < tile.classes ? j + kStripClasses : tile.classes;
+    for (int64_t i = 0; i < tile.rows; i += kStripRows) {
+      const int64_t count = tile.rows - i < kStripRows ? tile.rows - i : kStripRows;
+      hinge_strip(tile, j, class_to, i, count, rows);
+    }
+  }
+}
+
+void hinge_gradient_tile(const LogitTile& tile, const float* threshold, float* out) {
+  for (int64_t j = 0; j < tile.classes; ++j) {
+    const float* dots = tile.dots + j * tile.rows;
+    float* gradient = out + j * tile.rows;
+    const float scale = tile.class_scale[j];
+#pragma omp simd
+    for (int64_t i = 0; i < tile.rows; ++i)
+      gradient[i] = dots[i] * scale * tile.row_scale[i] - threshold[i] <= 0.0F ? 0.0F : scale;
+  }
+}
+
+void hinge_gradient_tile_bf16(const LogitTile& tile, const float* threshold, uint16_t* out) {
+  for (int64_t j = 0; j < tile.classes; ++j) {
+    const float* dots = tile.dots + j * tile.rows;
+    uint16_t* gradient = out + j * tile.rows;
+    const float scale = tile.class_scale[j];
+    const uint16_t rounded = bf16_of(scale);
+#pragma omp simd
+    for (int64_t i = 0; i < tile.rows; ++i)
+      gradient[i] =
+          dots[i] * scale * tile.row_scale[i] - threshold[i] <= 0.0F ? uint16_t{0} : rounded;
+  }
+}
+
 void to_bf16(const float* values, uint16_t* out, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = bf16_of(values[i]);
@@ -172,11 +232,35 @@ void softmax_gradient_row(const float* log_probability, float factor, float* out
   for (int64_t i = 0; i < n; ++i) out[i] = factor * exp2_fast(log_probability[i] * kLog2E);
 }
 
+void hinge_row(const float* logits, float threshold, int64_t n, float* sum, float* max,
+               int32_t* active) {
+  float s = 0, m = kLowest;
+  int32_t count = 0;
+#pragma omp simd reduction(+ : s, count) reduction(max : m)
+  for (int64_t i = 0; i < n; ++i) {
+    const float hinge = logits[i] - threshold;
+    s += hinge <= 0.0F ? 0.0F : hinge;
+    count += hinge <= 0.0F ? 0 : 1;
+    m = larger(logits[i], m);
+  }
+  *sum = s;
+  *max = m;
+  *active = count;
+}
+
+void hinge_gradient_row(const float* logits, float threshold, float factor, float* out, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = logits[i] - threshold <= 0.0F ? 0.0F : factor;
+}
+
 }  // namespace
 
 extern const HeadLoops kHeadLoops = {softmax_tile,
                                      gradient_tile,
                                      gradient_tile_bf16,
+                                     hinge_tile,
+                                     hinge_gradient_tile,
+                                     hinge_gradient_tile_bf16,
                                      to_bf16,
                                      dot,
                                      dot_bf16,
@@ -185,6 +269,8 @@ extern const HeadLoops kHeadLoops = {softmax_tile,
                                      sgd,
                                      softmax_row,
                                      log_softmax_row,
-                                     softmax_gradient_row};
+                                     softmax_gradient_row,
+                                     hinge_row,
+                                     hinge_gradient_row};
 
 }  // namespace hardmine::HARDMINE_ISA

@@ -1,5 +1,5 @@
 // The element-wise loops of the margin head, compiled once per instruction set (head_loops.cpp) and
-// picked at run time. Logits are in base 2 (already multiplied by log2 e), so that the softmax
+// picked at run time. Logits of a softmax are in base 2 (already multiplied by log2 e), so that it
 // needs 2^x alone.
 #pragma once
 
@@ -21,7 +21,15 @@ struct LogitTile {
   int64_t rows;              // padded to kRowMultiple; also the stride
   const float* class_scale;  // [classes]
   const float* bias;         // [classes] or null
-  const float* row_scale;    // [rows], log2 e included
+  const float* row_scale;    // [rows], log2 e included where a softmax follows
+};
+
+// The hinges of rows so far: see core/loss_maths.h. Logits are in base e here.
+struct HingeRows {
+  const float* threshold;  // [rows]
+  float* sum;              // [rows]
+  float* max;              // [rows]
+  int32_t* active;         // [rows]
 };
 
 struct SgdCoefficients {
@@ -37,6 +45,13 @@ struct HeadLoops {
   void (*gradient_tile)(const LogitTile& tile, const float* log_sum, float* out);
   // The same, rounded to bfloat16.
   void (*gradient_tile_bf16)(const LogitTile& tile, const float* log_sum, uint16_t* out);
+  // Adds a tile's hinges to each row's.
+  void (*hinge_tile)(const LogitTile& tile, const HingeRows& rows);
+  // out[j, i] = class_scale[j] where the logit is above threshold[i], else 0; out may be the tile's
+  // own dots.
+  void (*hinge_gradient_tile)(const LogitTile& tile, const float* threshold, float* out);
+  // The same, rounded to bfloat16.
+  void (*hinge_gradient_tile_bf16)(const LogitTile& tile, const float* threshold, uint16_t* out);
   // ---- rows of any length ----
   void (*to_bf16)(const float* values, uint16_t* out, int64_t n);
   float (*dot)(const float* a, const float* b, int64_t n);
@@ -55,6 +70,12 @@ struct HeadLoops {
   void (*log_softmax_row)(const float* logits, float log_sum, float* out, int64_t n);
   // out = factor * e^log_probability
   void (*softmax_gradient_row)(const float* log_probability, float factor, float* out, int64_t n);
+  // Sum and number of the hinges z - threshold above 0, and the largest z.
+  void (*hinge_row)(const float* logits, float threshold, int64_t n, float* sum, float* max,
+                    int32_t* active);
+  // out = factor where the logit is above the threshold, else 0
+  void (*hinge_gradient_row)(const float* logits, float threshold, float factor, float* out,
+                             int64_t n);
 };
 
 // The loops of the best instruction set this CPU has.

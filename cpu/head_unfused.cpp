@@ -7,7 +7,8 @@
 //   backward  d logits; d margined (scale); d cosines (margin); d x_hat and d w_hat (products); d x
 //   and
 //             d w (normalisations); SGD
-// Softmax leaves out normalisation, margin and scale, and adds the bias.
+// Softmax leaves out normalisation, margin and scale, and adds the bias. The Euclidean margin
+// leaves out the margin, and has hinges in place of log-probabilities.
 #include <cmath>
 #include <limits>
 
@@ -79,14 +80,16 @@ Buffers& UnfusedHead::buffers_for(int64_t rows) {
   b->rows = rows;
   b->cosines = Buffer<float>(meter_, all);
   b->logits = Buffer<float>(meter_, all);
-  b->log_probabilities = Buffer<float>(meter_, all);
+  if (!is_euclidean()) b->log_probabilities = Buffer<float>(meter_, all);
   b->grad_logits = Buffer<float>(meter_, all);
   b->grad_x_hat = Buffer<float>(meter_, rows * dim);
   if (!is_softmax()) {
     b->x_hat = Buffer<float>(meter_, rows * dim);
+    b->grad_cosines = Buffer<float>(meter_, all);
+  }
+  if (spec_.loss.base == BaseKind::margin) {
     b->margined = Buffer<float>(meter_, all);
     b->grad_margined = Buffer<float>(meter_, all);
-    b->grad_cosines = Buffer<float>(meter_, all);
   }
   if (bf16()) {
     b->x_bf16 = Buffer<uint16_t>(meter_, rows * dim);
@@ -152,11 +155,16 @@ void UnfusedHead::forward(const Request& request, Buffers& b) {
   } else {
     b.product->run(stream_, x, w_hat(), b.cosines.data());
   }
-  each(rows, [&](int64_t i) { place_target(rows_[i], target_cosine(request, b, i), request.law); });
+  each(rows, [&](int64_t i) { place_target(rows_[i], target_cosine(request, b, i), request); });
   if (is_softmax()) {
     each(rows, [&](int64_t i) {
       loops_.add_scaled(b.cosines.data() + i * classes, bias_.data(), 1.0F,
                         b.logits.data() + i * classes, classes);
+    });
+  } else if (is_euclidean()) {
+    each(rows, [&](int64_t i) {
+      loops_.scale(b.cosines.data() + i * classes, static_cast<float>(rows_[i].scale),
+                   b.logits.data() + i * classes, classes);
     });
   } else {
     each_part(all, [&](int64_t from, int64_t n) {
@@ -177,6 +185,13 @@ void UnfusedHead::forward(const Request& request, Buffers& b) {
     float* logits = b.logits.data() + i * classes;
     logits[rows_[i].label] = std::numeric_limits<float>::lowest();
     float max = 0, sum = 0;
+    if (is_euclidean()) {
+      int32_t active = 0;
+      loops_.hinge_row(logits, static_cast<float>(rows_[i].threshold), classes, &sum, &max,
+                       &active);
+      finish_row(request, i, {double{sum}, double{max}, active});
+      return;
+    }
     loops_.softmax_row(logits, classes, &max, &sum);
     finish_row(i, {double{max}, double{sum}});
     loops_.log_softmax_row(logits, static_cast<float>(rows_[i].log_sum),
@@ -206,14 +221,26 @@ void UnfusedHead::backward(const Request& request, Buffers& b, float* grad_w) {
     return values[i * classes + rows_[i].label];
   };
   each(rows, [&](int64_t i) {
-    const double factor = factors_[i] / static_cast<double>(rows);
-    loops_.softmax_gradient_row(b.log_probabilities.data() + i * classes,
-                                static_cast<float>(factor), b.grad_logits.data() + i * classes,
-                                classes);
+    const double factor = factors_[i] / static_cast<double>(rows) * rows_[i].unit;
+    if (is_euclidean()) {
+      loops_.hinge_gradient_row(b.logits.data() + i * classes,
+                                static_cast<float>(rows_[i].threshold), static_cast<float>(factor),
+                                b.grad_logits.data() + i * classes, classes);
+    } else {
+      loops_.softmax_gradient_row(b.log_probabilities.data() + i * classes,
+                                  static_cast<float>(factor), b.grad_logits.data() + i * classes,
+                                  classes);
+    }
     at_target(b.grad_logits, i) = static_cast<float>(factor * rows_[i].residual);
   });
   const float* gradient = b.grad_logits.data();
-  if (!is_softmax()) {
+  if (is_euclidean()) {
+    each(rows, [&](int64_t i) {
+      loops_.scale(b.grad_logits.data() + i * classes, static_cast<float>(rows_[i].scale),
+                   b.grad_cosines.data() + i * classes, classes);
+    });
+    gradient = b.grad_cosines.data();
+  } else if (!is_softmax()) {
     each(rows, [&](int64_t i) {
       loops_.scale(b.grad_logits.data() + i * classes, static_cast<float>(rows_[i].scale),
                    b.grad_margined.data() + i * classes, classes);
@@ -275,7 +302,7 @@ void UnfusedHead::embedding_backward(const Request& request, Buffers& b, int64_t
   const float* x_hat = b.x_hat.data() + i * dim;
   loops_.add_scaled(gradient, x_hat, -loops_.dot(gradient, x_hat, dim), gradient, dim);
   loops_.scale(gradient, static_cast<float>(rows_[i].inverse_norm), out, dim);
-  if (spec_.loss.margin.norm_scale) {
+  if (spec_.loss.scales_by_norm()) {
     const int64_t row = i * spec_.classes;
     const float grad_scale =
         loops_.dot(b.grad_logits.data() + row, b.margined.data() + row, spec_.classes);

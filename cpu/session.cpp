@@ -53,6 +53,10 @@ class CpuSession : public TrainingSession {
     };
     add("head.weight", {spec.head.classes, spec.head.dim});
     if (!head_->bias().empty()) add("head.bias", {spec.head.classes});
+    if (!head_->centers().empty()) {
+      tensors_.push_back(
+          {"head.centers", {spec.head.classes, spec.head.dim}, TensorRole::statistic});
+    }
   }
 
   int64_t train(BatchSource& source, std::span<const StepSettings> settings,
@@ -142,6 +146,7 @@ class CpuSession : public TrainingSession {
     if (name == "head.bias") return head_->bias();
     if (name == "momentum/head.weight") return head_->weight_momentum();
     if (name == "momentum/head.bias") return head_->bias_momentum();
+    if (name == "head.centers") return head_->centers();
     return {};
   }
 

@@ -64,12 +64,14 @@ class HeadBase : public CudaHead {
     state_.class_weights = arena.take<T>(HeadShape::padded(spec_.classes) * spec_.dim);
     state_.bias = arena.take<float>(biases);
     state_.bias_velocity = arena.take<float>(biases);
+    state_.centers = arena.take<float>(spec_.loss.has_centers() ? size : 0);
     state_.class_rows = arena.take<int>(spec_.classes);
   }
 
   void initialise(const Stream& stream) override {
-    for (const HeadTensor tensor : {HeadTensor::weights, HeadTensor::bias,
-                                    HeadTensor::weight_momentum, HeadTensor::bias_momentum}) {
+    for (const HeadTensor tensor :
+         {HeadTensor::weights, HeadTensor::bias, HeadTensor::weight_momentum,
+          HeadTensor::bias_momentum, HeadTensor::centers}) {
       const StateTensor t = tensor_of(tensor);
       if (t.count > 0)
         fill_zero(t.data, static_cast<size_t>(t.count) * sizeof(float), stream, t.name);
@@ -118,6 +120,12 @@ class HeadBase : public CudaHead {
       if (const int64_t b = first_non_finite(bias); b >= 0)
         throw_bad_bias(b, bias[static_cast<size_t>(b)]);
     }
+    const std::vector<float> centers =
+        on_host(state_.centers, tensor_of(HeadTensor::centers).count, "centers");
+    if (const int64_t at = first_non_finite(centers); at >= 0) {
+      const int64_t c = at / spec_.dim;
+      throw_bad_center(c, std::span(centers).subspan(static_cast<size_t>(c) * dim, dim));
+    }
     const std::vector<float> losses = on_host(rows_.base_loss, shape_.rows, "losses");
     const int64_t row = std::max<int64_t>(first_non_finite(losses), 0);
     throw_bad_loss(row, losses[static_cast<size_t>(row)]);
@@ -132,7 +140,10 @@ class HeadBase : public CudaHead {
     rows_.normalised = arena.take<T>(size);
     rows_.next_row = arena.take<int>(rows);
     rows_.targets = arena.take<RowTarget>(rows);
-    rows_.sums = arena.take<SoftmaxSum<float>>(rows);
+    const bool euclidean = spec_.loss.base == BaseKind::euclidean_margin;
+    rows_.sums = arena.take<SoftmaxSum<float>>(euclidean ? 0 : rows);
+    rows_.hinges = arena.take<HingeSum<float>>(euclidean ? rows : 0);
+    rows_.center_distances = arena.take<double>(spec_.loss.has_centers() ? rows : 0);
     rows_.gradients = arena.take<RowGradient>(rows);
     rows_.base_loss = arena.take<float>(rows);
     rows_.weighted_loss = arena.take<float>(rows);
@@ -152,6 +163,8 @@ class HeadBase : public CudaHead {
         return {"biases", state_.bias, biases};
       case HeadTensor::weight_momentum:
         return {"momenta of the class weights", state_.velocity, size};
+      case HeadTensor::centers:
+        return {"centers", state_.centers, spec_.loss.has_centers() ? size : 0};
       default:
         return {"momenta of the biases", state_.bias_velocity, biases};
     }
@@ -219,17 +232,19 @@ class UnfusedHead : public HeadBase<T> {
   void layout_rows(Arena& arena, int rows) override {
     const int64_t padded = HeadShape::padded(this->spec_.classes);
     const bool cosines = !this->is_softmax();
+    const bool margin = this->spec_.loss.base == BaseKind::margin;
+    const bool euclidean = this->spec_.loss.base == BaseKind::euclidean_margin;
     this->layout_common(arena, rows, static_cast<int>(padded));
     const auto matrix = [&](bool used) {
       return arena.take<float>(used ? int64_t{rows} * padded : int64_t{0});
     };
     buffers_.norms = arena.take<float>(rows);
     buffers_.cosines = matrix(true);
-    buffers_.margined = matrix(cosines);
+    buffers_.margined = matrix(margin);
     buffers_.logits = matrix(true);
-    buffers_.log_probabilities = matrix(true);
+    buffers_.log_probabilities = matrix(!euclidean);
     buffers_.grad_logits = matrix(true);
-    buffers_.grad_margined = matrix(cosines);
+    buffers_.grad_margined = matrix(margin);
     buffers_.grad_cosines = matrix(cosines);
     buffers_.operand =
         arena.take<T>(std::is_same_v<T, float> ? int64_t{0} : int64_t{rows} * padded);
@@ -323,6 +338,16 @@ class CudaMarginHead : public MarginHead {
     head_->read(HeadTensor::bias, bias, *stream_);
   }
 
+  void set_centers(std::span<const float> centers) override {
+    const DeviceScope scope(device_);
+    head_->write(HeadTensor::centers, centers, *stream_);
+  }
+
+  void read_centers(std::span<float> centers) const override {
+    const DeviceScope scope(device_);
+    head_->read(HeadTensor::centers, centers, *stream_);
+  }
+
   void forward_backward(const HeadInput& input, HeadOutput& output) override;
   StepStats step(const HeadInput& input, const StepSettings& settings,
                  std::span<float> grad_embeddings) override;
@@ -408,8 +433,10 @@ void CudaMarginHead::make_room(int64_t rows) {
   fill_zero(inputs_.steps, sizeof *inputs_.steps, *stream_, "the step counter");
   host_embeddings_ = PinnedArray<float>(static_cast<size_t>(rows * spec_.dim));
   host_labels_ = PinnedArray<int>(static_cast<size_t>(rows));
+  // Weights and biases with their momenta, and centers.
+  const int64_t of_classes = (spec_.loss.has_centers() ? 3 : 2) * spec_.dim;
   const size_t of_state =
-      2 * static_cast<size_t>(spec_.classes * spec_.dim + biases()) * sizeof(float);
+      static_cast<size_t>(spec_.classes * of_classes + 2 * biases()) * sizeof(float);
   peak_extra_ = std::max(peak_extra_, state_.bytes() - of_state + bytes - of_inputs);
   rows_ = rows;
 }
@@ -547,10 +574,7 @@ std::unique_ptr<MarginHead> make_cuda_head(const HeadSpec& spec, const Execution
 }
 
 void require_step_settings(const HeadSpec& spec, const StepSettings& settings) {
-  if (spec.loss.base == BaseKind::softmax) return;
-  MarginLaw law = warmed_up(spec.loss.margin, double{settings.margin_factor});
-  law.lambda = double{settings.lambda};
-  require_law(law);
+  require_base(in_force(spec.loss, settings));
 }
 
 StepParameters parameters_of(const StepSettings& settings) {

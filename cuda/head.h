@@ -13,7 +13,7 @@
 
 namespace hardmine::cuda {
 
-enum class HeadTensor : uint8_t { weights, bias, weight_momentum, bias_momentum };
+enum class HeadTensor : uint8_t { weights, bias, weight_momentum, bias_momentum, centers };
 
 class CudaHead {
  public:
@@ -22,7 +22,7 @@ class CudaHead {
   // Memory. The state once, then initialise(); the rest again whenever the number of rows changes.
   virtual void layout_state(Arena& arena) = 0;
   virtual void layout_rows(Arena& arena, int rows) = 0;
-  // Weights, biases and momentum become 0.
+  // Weights, biases, momentum and centers become 0.
   virtual void initialise(const Stream& stream) = 0;
 
   // Enqueues one pass over the rows laid out. `products` are those of `stream`. May be captured
@@ -31,7 +31,8 @@ class CudaHead {
   // Enqueues the bare products of one pass over whatever the memory holds; the state stays.
   virtual void enqueue_products(Products& products, const Stream& stream) = 0;
 
-  // The state from and to the host; the biases are empty unless softmax. They wait for `stream`.
+  // The state from and to the host; the biases are empty unless softmax, the centers without a
+  // center loss. They wait for `stream`.
   virtual void read(HeadTensor tensor, std::span<float> values, const Stream& stream) const = 0;
   virtual void write(HeadTensor tensor, std::span<const float> values, const Stream& stream) = 0;
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "core/loss.h"
+#include "cuda/kernels/center.cuh"
 #include "cuda/kernels/head.cuh"
 #include "cuda/runtime.h"
 
@@ -35,6 +36,7 @@ struct HeadState {
   T* class_weights;      // [padded classes, dim] normalised copy (softmax: a plain one), then zeros
   float* bias;           // [classes], softmax only, else null
   float* bias_velocity;  // [classes]
+  float* centers;        // [classes, dim], null: no center loss
   int* class_rows;       // [classes], kNoRow at first
 };
 
@@ -44,7 +46,9 @@ struct HeadRows {
   T* normalised;               // [rows, dim]
   int* next_row;               // [rows]
   RowTarget* targets;          // [rows]
-  SoftmaxSum<float>* sums;     // [rows]
+  SoftmaxSum<float>* sums;     // [rows]; null with the Euclidean margin, which has
+  HingeSum<float>* hinges;     // [rows]
+  double* center_distances;    // [rows], null: no center loss
   RowGradient* gradients;      // [rows]
   float* base_loss;            // [rows]
   float* weighted_loss;        // [rows]
@@ -100,31 +104,49 @@ void normalise(const float* values, int64_t rows, int dim, bool cosines, float* 
          kRowThreads, stream.get(), values, rows, dim, cosines, norms, normalised);
 }
 
-// Chains the rows of each class and measures how alike strangers are, beside the first products;
-// side.done[0] is recorded behind them.
+inline CenterArguments center_arguments(const HeadShape& shape, const LossSpec& loss,
+                                        const HeadPass& pass) {
+  return {pass.embeddings, pass.labels, shape.rows, shape.dim, loss.center};
+}
+
+// Chains the rows of each class, measures how alike strangers are and how far rows are from their
+// centers, beside the first products; side.done[0] is recorded behind them. The gradient of the
+// center loss is in pass.grad_embeddings then.
 template <typename T>
 void start_side(const HeadState<T>& state, const HeadRows<T>& rows, const HeadShape& shape,
-                const HeadPass& pass, const Stream& main, const SideStream& side) {
+                const LossSpec& loss, const HeadPass& pass, const Stream& main,
+                const SideStream& side) {
   side.fork(main);
   launch("chain_rows", &chain_rows, blocks_for(shape.rows, kChainThreads), kChainThreads,
          side.stream.get(), pass.labels, shape.rows, state.class_rows, rows.next_row);
   launch("similarity", &similarity, blocks_for(shape.dim, kWarpSize), kSimilarityWarps * kWarpSize,
          side.stream.get(), pass.embeddings, pass.labels, shape.rows, shape.dim, rows.targets,
          state.class_rows, rows.next_row, rows.similarity);
+  if (loss.has_centers()) {
+    launch("center_rows", &center_rows, dim3(static_cast<unsigned>(shape.rows)), kCenterThreads,
+           side.stream.get(), center_arguments(shape, loss, pass), state.centers,
+           rows.center_distances, pass.grad_embeddings);
+  }
   side.done[0].record(side.stream.get());
 }
 
+// The losses of all rows; in a step the centers move.
 template <typename T>
-void finish_losses(const HeadRows<T>& rows, const HeadShape& shape, const LossSpec& loss,
-                   const HeadPass& pass, const Stream& main, const SideStream& side) {
+void finish_losses(const HeadState<T>& state, const HeadRows<T>& rows, const HeadShape& shape,
+                   const LossSpec& loss, const HeadPass& pass, const Stream& main,
+                   const SideStream& side) {
   main.wait(side.done[0]);
   const int warps = (shape.rows + kWarpSize - 1) / kWarpSize;
-  launch("finish_rows", &finish_rows, 1, std::min(warps * kWarpSize, kMostFinishThreads),
-         main.get(),
-         FinishArguments{shape.rows, loss.base == BaseKind::margin, loss.weighting, rows.sums,
-                         rows.targets, rows.similarity, shape.similarity_parts(), rows.base_loss,
-                         rows.weighted_loss, rows.gradients, rows.row_scale, rows.non_finite,
-                         pass.ring});
+  launch(
+      "finish_rows", &finish_rows, 1, std::min(warps * kWarpSize, kMostFinishThreads), main.get(),
+      FinishArguments{shape.rows, loss, rows.sums, rows.hinges, rows.center_distances, rows.targets,
+                      rows.similarity, shape.similarity_parts(), rows.base_loss, rows.weighted_loss,
+                      rows.gradients, rows.row_scale, rows.non_finite, pass.ring});
+  if (loss.has_centers() && pass.settings != nullptr) {
+    launch("move_centers", &move_centers, dim3(static_cast<unsigned>(shape.rows)), kCenterThreads,
+           main.get(), center_arguments(shape, loss, pass), state.class_rows, rows.next_row,
+           rows.non_finite, state.centers);
+  }
 }
 
 // Forward and backward, and the SGD step where `pass` has settings. Products offers, on `main`,
@@ -137,21 +159,28 @@ void run_head(const HeadState<T>& state, const HeadRows<T>& rows, const HeadChun
               const HeadShape& shape, const LossSpec& loss, const HeadPass& pass,
               Products& products, const Stream& main, const SideStream& side) {
   constexpr int kThreads = 256;
-  const bool cosines = loss.base == BaseKind::margin;
+  const bool cosines = normalises(loss.base);
+  const bool euclidean = loss.base == BaseKind::euclidean_margin;
   const int dim = shape.dim, count = shape.chunks();
   const dim3 row_blocks(static_cast<unsigned>(shape.rows));
   launch("prepare_rows", &prepare_rows<T>, row_blocks, kRowThreads, main.get(),
-         PrepareArguments{pass.embeddings, pass.labels, dim, cosines, loss.margin, pass.settings},
+         PrepareArguments{pass.embeddings, pass.labels, dim, loss.base, loss.margin, loss.euclidean,
+                          pass.settings},
          state.class_weights, state.bias, rows.normalised, rows.targets);
-  start_side(state, rows, shape, pass, main, side);
+  start_side(state, rows, shape, loss, pass, main, side);
   for (int index = 0; index < count; ++index) {
     const Chunk chunk = shape.chunk(index);
     products.logits(rows.normalised, state.class_weights + chunk.first_class * dim, chunk.padded,
                     chunks.logits);
-    launch("softmax_chunk", &softmax_chunk<kThreads>, row_blocks, kThreads, main.get(),
-           chunks.logits, chunk, pass.labels, rows.targets, state.bias, rows.sums);
+    if (euclidean) {
+      launch("hinge_chunk", &hinge_chunk<kThreads>, row_blocks, kThreads, main.get(), chunks.logits,
+             chunk, pass.labels, rows.targets, rows.hinges);
+    } else {
+      launch("softmax_chunk", &softmax_chunk<kThreads>, row_blocks, kThreads, main.get(),
+             chunks.logits, chunk, pass.labels, rows.targets, state.bias, rows.sums);
+    }
   }
-  finish_losses(rows, shape, loss, pass, main, side);
+  finish_losses(state, rows, shape, loss, pass, main, side);
   launch("start_gradients", &start_gradients<T>, row_blocks, kRowThreads, main.get(),
          rows.normalised, state.class_weights, pass.labels, dim, rows.targets, rows.gradients,
          rows.row_scale, chunks.scaled, rows.embedding_products);
@@ -181,10 +210,14 @@ void run_head(const HeadState<T>& state, const HeadRows<T>& rows, const HeadChun
     const T* class_weights = state.class_weights + chunk.first_class * dim;
     float* weight_products = chunks.weight_products[step % 2];
     if (step > 0) products.logits(rows.normalised, class_weights, chunk.padded, chunks.logits);
-    launch("gradient_chunk", &gradient_chunk<T>,
-           dim3(row_blocks.x, blocks_for(chunk.padded, kThreads * kVectorWidth<T>).x), kThreads,
-           main.get(), chunks.logits, chunk, pass.labels, rows.targets, rows.gradients, state.bias,
-           chunks.probabilities);
+    const dim3 blocks(row_blocks.x, blocks_for(chunk.padded, kThreads * kVectorWidth<T>).x);
+    if (euclidean) {
+      launch("hinge_gradient_chunk", &hinge_gradient_chunk<T>, blocks, kThreads, main.get(),
+             chunks.logits, chunk, pass.labels, rows.targets, chunks.probabilities);
+    } else {
+      launch("gradient_chunk", &gradient_chunk<T>, blocks, kThreads, main.get(), chunks.logits,
+             chunk, pass.labels, rows.targets, rows.gradients, state.bias, chunks.probabilities);
+    }
     products.embedding_gradient(chunks.probabilities, class_weights, chunk.padded,
                                 rows.embedding_products);
     if (step >= 2) main.wait(side.done[step % 2]);  // `weight_products` is free again
@@ -203,8 +236,8 @@ void run_head(const HeadState<T>& state, const HeadRows<T>& rows, const HeadChun
     side.done[step % 2].record(side.stream.get());
   }
   launch("finish_embeddings", &finish_embeddings<T>, row_blocks, kRowThreads, main.get(),
-         rows.embedding_products, rows.normalised, dim, cosines, loss.margin.norm_scale,
-         rows.targets, rows.gradients, pass.grad_embeddings);
+         rows.embedding_products, rows.normalised, dim, cosines, loss.scales_by_norm(),
+         loss.has_centers(), rows.targets, rows.gradients, pass.grad_embeddings);
   if (count > 1) main.wait(side.done[(count - 1) % 2]);
 }
 

@@ -28,9 +28,9 @@ void run_unfused_head(const HeadState<T>& state, const HeadRows<T>& rows,
                       const UnfusedBuffers<T>& b, const HeadShape& shape, const LossSpec& loss,
                       const HeadPass& pass, Products& products, const Stream& main,
                       const SideStream& side) {
-  constexpr int kSoftmaxThreads = 256;
-  const bool cosines = loss.base == BaseKind::margin;
-  const bool radial = cosines && loss.margin.norm_scale;
+  constexpr int kRowSumThreads = 256;
+  const bool cosines = normalises(loss.base), euclidean = loss.base == BaseKind::euclidean_margin;
+  const bool radial = loss.scales_by_norm();
   const int dim = shape.dim;
   const Chunk all = shape.chunk(0);
   const LogitMatrix matrix{all.width, all.padded, pass.labels};
@@ -45,25 +45,40 @@ void run_unfused_head(const HeadState<T>& state, const HeadRows<T>& rows,
   normalise(state.weights, shape.classes, dim, cosines, state.norms, state.class_weights, main);
   products.logits(rows.normalised, state.class_weights, all.padded, b.cosines);
   launch("margin_rows", &margin_rows<T>, row_blocks, kRowThreads, main.get(),
-         PrepareArguments{pass.embeddings, pass.labels, dim, cosines, loss.margin, pass.settings},
+         PrepareArguments{pass.embeddings, pass.labels, dim, loss.base, loss.margin, loss.euclidean,
+                          pass.settings},
          rows.normalised, b.norms, state.class_weights, state.bias, rows.targets);
-  start_side(state, rows, shape, pass, main, side);
-  if (cosines) {
+  start_side(state, rows, shape, loss, pass, main, side);
+  if (euclidean) {
+    each_cell("scale_rows", &scale_rows, rows.targets, b.cosines, b.logits);
+  } else if (cosines) {
     each_cell("apply_margin", &apply_margin, rows.targets, b.cosines, b.margined);
     each_cell("scale_rows", &scale_rows, rows.targets, b.margined, b.logits);
   } else {
     each_cell("add_bias", &add_bias, state.bias, b.cosines, b.logits);
   }
-  launch("softmax_rows", &softmax_rows<kSoftmaxThreads>, row_blocks, kSoftmaxThreads, main.get(),
-         matrix, b.logits, rows.sums);
-  finish_losses(rows, shape, loss, pass, main, side);
-  each_cell("log_softmax", &log_softmax, rows.gradients, rows.base_loss, b.logits,
-            b.log_probabilities);
+  if (euclidean) {
+    launch("hinge_rows", &hinge_rows<kRowSumThreads>, row_blocks, kRowSumThreads, main.get(),
+           matrix, rows.targets, b.logits, rows.hinges);
+  } else {
+    launch("softmax_rows", &softmax_rows<kRowSumThreads>, row_blocks, kRowSumThreads, main.get(),
+           matrix, b.logits, rows.sums);
+  }
+  finish_losses(state, rows, shape, loss, pass, main, side);
 
-  each_cell("softmax_backward", &softmax_backward, rows.gradients, b.log_probabilities,
-            b.grad_logits);
   const float* gradient = b.grad_logits;
-  if (cosines) {
+  if (euclidean) {
+    each_cell("hinge_backward", &hinge_backward, rows.targets, rows.gradients, b.logits,
+              b.grad_logits);
+    each_cell("scale_rows", &scale_rows, rows.targets, b.grad_logits, b.grad_cosines);
+    gradient = b.grad_cosines;
+  } else {
+    each_cell("log_softmax", &log_softmax, rows.gradients, rows.base_loss, b.logits,
+              b.log_probabilities);
+    each_cell("softmax_backward", &softmax_backward, rows.gradients, b.log_probabilities,
+              b.grad_logits);
+  }
+  if (loss.base == BaseKind::margin) {
     each_cell("scale_rows", &scale_rows, rows.targets, b.grad_logits, b.grad_margined);
     each_cell("margin_backward", &margin_backward, rows.targets, b.grad_margined, b.grad_cosines);
     gradient = b.grad_cosines;
@@ -82,8 +97,8 @@ void run_unfused_head(const HeadState<T>& state, const HeadRows<T>& rows,
   }
   products.embedding_gradient(operand, state.class_weights, all.padded, rows.embedding_products);
   launch("normalise_backward", &normalise_backward, row_warps, kRowThreads, main.get(),
-         rows.embedding_products, row_scale, shape.rows, dim, cosines, pass.embeddings, b.norms,
-         pass.grad_embeddings);
+         rows.embedding_products, row_scale, shape.rows, dim, cosines, loss.has_centers(),
+         pass.embeddings, b.norms, pass.grad_embeddings);
   if (radial) {
     launch("add_radial", &add_radial, row_warps, kRowThreads, main.get(), pass.embeddings, b.norms,
            shape.rows, dim, b.grad_scale, pass.grad_embeddings);
@@ -101,8 +116,8 @@ void run_unfused_head(const HeadState<T>& state, const HeadRows<T>& rows,
     products.weight_gradient(operand, rows.normalised, all.padded, b.grad_weights);
     launch("normalise_backward", &normalise_backward,
            blocks_for(shape.classes, kRowThreads / kWarpSize), kRowThreads, main.get(),
-           b.grad_weights, row_scale, shape.classes, dim, cosines, state.weights, state.norms,
-           grad_weights);
+           b.grad_weights, row_scale, shape.classes, dim, cosines, false, state.weights,
+           state.norms, grad_weights);
     if (step) update(false, shape.classes * dim, grad_weights, state.weights, state.velocity);
   }
   if (!cosines && (step || pass.grad_bias != nullptr)) {

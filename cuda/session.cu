@@ -73,6 +73,8 @@ class CudaSession : public TrainingSession {
     };
     add("head.weight", {head.classes, head.dim});
     if (has_bias()) add("head.bias", {head.classes});
+    if (head.loss.has_centers())
+      tensors_.push_back({"head.centers", {head.classes, head.dim}, TensorRole::statistic});
   }
 
   ~CudaSession() override {
@@ -334,6 +336,7 @@ class CudaSession : public TrainingSession {
     if (name == "head.bias") return HeadTensor::bias;
     if (name == "momentum/head.weight") return HeadTensor::weight_momentum;
     if (name == "momentum/head.bias") return HeadTensor::bias_momentum;
+    if (name == "head.centers") return HeadTensor::centers;
     return std::nullopt;
   }
 

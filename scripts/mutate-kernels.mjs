@@ -33,6 +33,8 @@ const UNITS = {
 const HEAD = 'cuda/kernels/head.cuh';
 const UNFUSED = 'cuda/kernels/head_unfused.cuh';
 const PIPELINE = 'cuda/head_pipeline.h';
+const CENTER = 'cuda/kernels/center.cuh';
+const MATHS = 'core/loss_maths.h';
 const BUGS = [
   {
     bug: "the sign of the weight norm's backward",
@@ -147,6 +149,72 @@ const BUGS = [
     file: UNFUSED,
     from: 'is_bias && s.decay_all == 0 ? 0.0F : s.weight_decay;',
     to: 'is_bias ? 0.0F : s.weight_decay;',
+  },
+  {
+    bug: "Knot Magnify: the ratio in place of the loss's derivative",
+    file: MATHS,
+    from: 'ratio * (T(1) + T(2) * knot.gamma_p * knot.inverse * loss)};',
+    to: 'ratio};',
+  },
+  {
+    bug: 'hinges: one that is exactly 0 counts as active',
+    file: MATHS,
+    from: 'if (!(hinge <= T(0))) {',
+    to: 'if (!(hinge < T(0))) {',
+  },
+  {
+    bug: 'hinges: a class of exactly 0 gets a gradient',
+    file: HEAD,
+    from: 'return scale * cosine - threshold > 0.0F ? 1.0F : 0.0F;',
+    to: 'return scale * cosine - threshold >= 0.0F ? 1.0F : 0.0F;',
+  },
+  {
+    bug: 'hinges: their gradient is not shared out among the active classes',
+    file: HEAD,
+    from: 'gradient.factor *= factor;  // it held the unit',
+    to: 'gradient.factor = factor;',
+  },
+  {
+    bug: 'hinges: no warm-up of their margin',
+    file: HEAD,
+    from: ': warmed_up(a.euclidean, a.settings->margin_factor);',
+    to: ': a.euclidean;',
+  },
+  {
+    bug: 'hinges: a target of many active classes beyond fp16',
+    file: HEAD,
+    from: 'gradient.factor * fmaxf(1.0F, -gradient.target) *',
+    to: 'gradient.factor *',
+  },
+  {
+    bug: "hinges, unfused: the target's gradient lost",
+    file: UNFUSED,
+    from: 'return gradient.factor * (j == label ? gradient.target : active);',
+    to: 'return gradient.factor * (j == label ? 0.0F : active);',
+  },
+  {
+    bug: 'centers: their gradient overwritten by that of the base loss',
+    file: HEAD,
+    from: 'const float before = add ? output[start + k] : 0.0F;',
+    to: 'const float before = 0.0F;',
+  },
+  {
+    bug: 'centers: moved by n instead of 1 + n',
+    file: CENTER,
+    from: 'a.law.rate / (1 + count) * sum',
+    to: 'a.law.rate / count * sum',
+  },
+  {
+    bug: 'centers: moved by every row of a class',
+    file: CENTER,
+    from: 'if (class_rows[label] != first || *non_finite != 0) return;',
+    to: 'if (*non_finite != 0) return;',
+  },
+  {
+    bug: 'centers: moved by a batch that is not finite',
+    file: CENTER,
+    from: 'if (class_rows[label] != first || *non_finite != 0) return;',
+    to: 'if (class_rows[label] != first) return;',
   },
   {
     bug: 'batch-norm: the biased variance in the running one',

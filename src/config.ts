@@ -13,7 +13,7 @@ const count = () => z.int().min(1);
 
 const weightingSchema = z.strictObject({
   kind: z
-    .enum(['hard-mining', 'none'])
+    .enum(['hard-mining', 'knot-magnify', 'none'])
     .default('hard-mining')
     .describe('weighting over the base loss'),
   alpha: positive().exactOptional().describe('hard mining: factor of the loss (1.5)'),
@@ -32,6 +32,24 @@ const weightingSchema = z.strictObject({
     .enum(['sample', 'batch'])
     .exactOptional()
     .describe('hard mining of every sample (sample) or of the mean loss'),
+  gamma: z
+    .number()
+    .min(0)
+    .max(1e6)
+    .exactOptional()
+    .describe('Knot Magnify: strength, 0 is no weighting; needed'),
+});
+
+const centerSchema = z.strictObject({
+  weight: positive()
+    .exactOptional()
+    .describe('center loss, off unless one of its settings is given: factor (0.003)'),
+  rate: z
+    .number()
+    .min(0)
+    .max(1)
+    .exactOptional()
+    .describe('center loss: how far a step moves the centers (0.5)'),
 });
 
 const lambdaSchema = z.strictObject({
@@ -82,7 +100,7 @@ export const configSchema = z.strictObject({
     .describe("YouTube Faces' splits.txt (default: the one in `ytf`)"),
 
   loss: z
-    .enum(['softmax', 'a-softmax', 'arcface', 'cosface', 'combined'])
+    .enum(['softmax', 'a-softmax', 'arcface', 'cosface', 'combined', 'euclidean-margin'])
     .default('arcface')
     .describe('base loss'),
   scale: positive().max(1000).exactOptional().describe('scale s of the logits (64)'),
@@ -91,7 +109,7 @@ export const configSchema = z.strictObject({
     .min(0)
     .max(16)
     .exactOptional()
-    .describe('margin (arcface 0.5 radians, cosface 0.35, a-softmax 4)'),
+    .describe('margin (arcface 0.5 radians, cosface 0.35, a-softmax 4, euclidean-margin 0.4)'),
   m1: z.number().min(1).max(16).exactOptional().describe('combined: factor of the angle (1)'),
   m2: z
     .number()
@@ -100,6 +118,12 @@ export const configSchema = z.strictObject({
     .exactOptional()
     .describe('combined: added to the angle, radians (0)'),
   m3: z.number().min(0).max(2).exactOptional().describe('combined: taken from the cosine (0)'),
+  pull: z
+    .number()
+    .min(0)
+    .max(1000)
+    .exactOptional()
+    .describe('euclidean-margin: factor of the distance to the own class (0.5)'),
   lambda: lambdaSchema
     .exactOptional()
     .describe('A-Softmax annealing; a number holds lambda there')
@@ -121,6 +145,10 @@ export const configSchema = z.strictObject({
     .default({ kind: 'hard-mining' })
     .describe('weighting over the base loss')
     .meta({ optionPrefix: '', shorthand: 'kind' }),
+  center: centerSchema
+    .exactOptional()
+    .describe('center loss beside the base loss')
+    .meta({ optionPrefix: 'center-' }),
 
   network: z.enum(['resnet18']).default('resnet18').describe('architecture'),
   embedding: z.int().min(2).max(4096).default(512).describe('size of the embedding'),
@@ -169,7 +197,7 @@ export const configSchema = z.strictObject({
 type Parsed = z.output<typeof configSchema>;
 export type LossKind = Parsed['loss'];
 
-/** Hard mining with all its parameters, or none. */
+/** A weighting with all its parameters, or none. */
 export type WeightingConfig =
   | {
       kind: 'hard-mining';
@@ -180,37 +208,50 @@ export type WeightingConfig =
       form: 'equation' | 'algorithm';
       reduction: 'sample' | 'batch';
     }
+  | { kind: 'knot-magnify'; gamma: number }
   | { kind: 'none' };
 
 /** A configuration with every default filled in; keys without a meaning for `loss` are absent. */
-export type Config = Omit<Parsed, 'weighting' | 'lambda'> & {
+export type Config = Omit<Parsed, 'weighting' | 'lambda' | 'center'> & {
   weighting: WeightingConfig;
   lambda?: { start: number; decay: number; floor: number };
+  /** Absent: no center loss. */
+  center?: { weight: number; rate: number };
 };
 
 /** What a user writes: every key but `data` and `out` may be left out. */
 export type ConfigInput = Omit<z.input<typeof configSchema>, 'weighting' | 'lambda'> & {
+  /** By its kind alone only where every parameter has a default: not knot-magnify. */
   weighting?: WeightingConfig['kind'] | z.input<typeof weightingSchema>;
   lambda?: number | z.input<typeof lambdaSchema>;
 };
 
-const MARGIN_LOSSES: readonly LossKind[] = ['a-softmax', 'arcface', 'cosface', 'combined'];
+/** Those whose margin is one of the angle. */
+const ANGULAR_LOSSES: readonly LossKind[] = ['a-softmax', 'arcface', 'cosface', 'combined'];
+
+const DEFAULT_MARGINS: Partial<Record<LossKind, number>> = {
+  'a-softmax': 4,
+  arcface: 0.5,
+  cosface: 0.35,
+  'euclidean-margin': 0.4,
+};
 
 /** Keys that mean something for some losses alone, with their defaults there. */
 const LOSS_KEYS = {
   scale: { losses: ['arcface', 'cosface', 'combined'], value: () => 64 },
   margin: {
-    losses: ['a-softmax', 'arcface', 'cosface'],
-    value: (loss: LossKind) => (loss === 'arcface' ? 0.5 : loss === 'cosface' ? 0.35 : 4),
+    losses: ['a-softmax', 'arcface', 'cosface', 'euclidean-margin'],
+    value: (loss: LossKind) => DEFAULT_MARGINS[loss],
   },
   m1: { losses: ['combined'], value: () => 1 },
   m2: { losses: ['combined'], value: () => 0 },
   m3: { losses: ['combined'], value: () => 0 },
+  pull: { losses: ['euclidean-margin'], value: () => 0.5 },
   // SphereFace's schedule, as evoLVe has it.
   lambda: { losses: ['a-softmax'], value: () => ({ start: 1000, decay: 0.12, floor: 5 }) },
-  marginWarmUp: { losses: MARGIN_LOSSES, value: () => 0 },
-  marginGradient: { losses: MARGIN_LOSSES, value: () => 'exact' },
-  beyondPi: { losses: MARGIN_LOSSES, value: () => 'mirror' },
+  marginWarmUp: { losses: [...ANGULAR_LOSSES, 'euclidean-margin'], value: () => 0 },
+  marginGradient: { losses: ANGULAR_LOSSES, value: () => 'exact' },
+  beyondPi: { losses: ANGULAR_LOSSES, value: () => 'mirror' },
 } satisfies Record<string, { losses: readonly LossKind[]; value: (loss: LossKind) => unknown }>;
 
 /** The paper's constants. */
@@ -222,6 +263,16 @@ const HARD_MINING = {
   form: 'equation',
   reduction: 'sample',
 } as const;
+
+/** Which parameters each weighting has. */
+const WEIGHTING_KEYS: Record<WeightingConfig['kind'], readonly string[]> = {
+  'hard-mining': Object.keys(HARD_MINING),
+  'knot-magnify': ['gamma'],
+  none: [],
+};
+
+/** Wen et al.'s. */
+const CENTER = { weight: 0.003, rate: 0.5 } as const;
 
 const PATH_KEYS = ['data', 'out', 'lfw', 'lfwPairs', 'ytf', 'ytfSplits'] as const;
 
@@ -271,6 +322,7 @@ export function nearest(name: string, known: readonly string[]): string {
 function knownKeys(path: readonly PropertyKey[]): string[] {
   if (path[0] === 'weighting') return Object.keys(weightingSchema.shape);
   if (path[0] === 'lambda') return Object.keys(lambdaSchema.shape);
+  if (path[0] === 'center') return Object.keys(centerSchema.shape);
   if (path[0] === 'augment') return Object.keys(augmentSchema.shape);
   return Object.keys(configSchema.shape);
 }
@@ -308,17 +360,24 @@ function expandShorthands(input: object): Record<string, unknown> {
 }
 
 function resolveWeighting(weighting: Parsed['weighting']): WeightingConfig {
-  const { kind, ...parameters } = weighting;
-  if (kind === 'none') {
-    const [first] = Object.keys(parameters);
-    if (first !== undefined) {
-      throw configError(
-        `the configuration's "weighting.${first}" has no meaning with the weighting none: remove it or choose hard-mining`,
-      );
-    }
-    return { kind };
+  const { kind, gamma, ...parameters } = weighting;
+  const stranger = Object.keys(weighting).find(
+    (key) => key !== 'kind' && !WEIGHTING_KEYS[kind].includes(key),
+  );
+  if (stranger !== undefined) {
+    const its = stranger === 'gamma' ? 'knot-magnify' : 'hard-mining';
+    throw configError(
+      `the configuration's "weighting.${stranger}" has no meaning with the weighting ${kind}: remove it or choose ${its}`,
+    );
   }
-  return { kind, ...HARD_MINING, ...parameters };
+  if (kind === 'none') return { kind };
+  if (kind === 'hard-mining') return { kind, ...HARD_MINING, ...parameters };
+  if (gamma === undefined) {
+    throw configError(
+      'the configuration lacks "weighting.gamma", for which knot-magnify has no default: give it as --gamma, 0 for no weighting and more for more',
+    );
+  }
+  return { kind, gamma };
 }
 
 /**
@@ -365,6 +424,7 @@ export function resolveConfig(input: unknown): Config {
     }
   }
   filled['weighting'] = resolveWeighting(parsed.weighting);
+  if (parsed.center) filled['center'] = { ...CENTER, ...parsed.center };
   for (const key of PATH_KEYS) {
     const path = parsed[key];
     if (path !== undefined) filled[key] = resolve(path);
@@ -393,12 +453,13 @@ export function resolveConfig(input: unknown): Config {
 /** The loss of a configuration, as MarginHead takes it. */
 export function lossSettings(config: Config): LossSettings {
   // resolveConfig has left out the keys that the loss does not have.
-  const { loss, scale, margin, m1, m2, m3, lambda } = config;
-  const parameters = { scale, margin, m1, m2, m3, lambda };
+  const { loss, scale, margin, m1, m2, m3, pull, lambda } = config;
+  const parameters = { scale, margin, m1, m2, m3, pull, lambda };
   const given = Object.entries(parameters).filter(([, value]) => value !== undefined);
   return {
     base: { kind: loss, ...Object.fromEntries(given) } as BaseLoss,
     weighting: config.weighting,
+    ...(config.center && { center: config.center }),
     ...(config.marginGradient && { gradient: config.marginGradient }),
     ...(config.beyondPi && { beyondPi: config.beyondPi }),
   };

@@ -33,7 +33,7 @@ export interface HeadInput {
 }
 
 export interface HeadOutput {
-  /** Mean of weightedLoss; the gradients are its. */
+  /** Mean of weightedLoss, plus the center loss where there is one; the gradients are its. */
   loss: number;
   /** [N] */
   baseLoss: Float32Array;
@@ -57,7 +57,7 @@ export interface HeadStepSettings {
 }
 
 export interface HeadStep {
-  /** Mean weighted loss before the step. */
+  /** Mean weighted loss, and the center loss, before the step. */
   loss: number;
   /** Mean base loss before the step. */
   baseLoss: number;
@@ -74,6 +74,7 @@ export class MarginHead {
   readonly #native: NativeHead;
   readonly #annealing: LambdaAnnealing;
   readonly #hasBias: boolean;
+  readonly #hasCenters: boolean;
   #weightsSet = false;
   #steps = 0;
   #disposed = false;
@@ -86,6 +87,7 @@ export class MarginHead {
     this.#native = native;
     this.#annealing = annealing;
     this.#hasBias = loss.base.kind === 'softmax';
+    this.#hasCenters = loss.center !== undefined;
     this.classes = classes;
     this.dim = dim;
   }
@@ -112,7 +114,8 @@ export class MarginHead {
   }
 
   /**
-   * Loss and gradients; the weights stay as they are. A-Softmax uses the lambda of its first step.
+   * Loss and gradients; weights and centers stay as they are. A-Softmax uses the lambda of its first
+   * step.
    *
    * @throws HardmineError ERR_INPUT for lengths that do not fit and labels outside the classes,
    *   ERR_NON_FINITE for NaN or infinity in what was given.
@@ -148,7 +151,7 @@ export class MarginHead {
 
   /**
    * One step of SGD on the class weights: v = momentum v + (g + weightDecay w), w -= lr v; the bias
-   * does not decay.
+   * does not decay. Then the centers of a center loss move.
    */
   async step(
     embeddings: Float32Array,
@@ -182,6 +185,24 @@ export class MarginHead {
     return bias === null ? { weights } : { weights, bias };
   }
 
+  /**
+   * @param centers [classes, dim] of the center loss, row after row; 0 until they are set or moved.
+   * @throws HardmineError ERR_INPUT where the loss has none.
+   */
+  async setCenters(centers: Float32Array): Promise<void> {
+    this.#checkOpen();
+    this.#checkCenters();
+    checkLength('centers', centers, this.classes * this.dim, 'classes * dim');
+    await this.#native.setCenters(centers);
+  }
+
+  /** A copy of the centers [classes, dim]. @throws HardmineError ERR_INPUT where the loss has none. */
+  async readCenters(): Promise<Float32Array> {
+    this.#checkOpen();
+    this.#checkCenters();
+    return this.#native.readCenters();
+  }
+
   /** Frees the memory; may be called twice. */
   async dispose(): Promise<void> {
     this.#disposed = true;
@@ -207,6 +228,15 @@ export class MarginHead {
       );
     }
     if (bias !== undefined) checkLength('bias', bias, this.classes, 'classes');
+  }
+
+  #checkCenters(): void {
+    if (!this.#hasCenters) {
+      throw new HardmineError(
+        'ERR_INPUT',
+        'This MarginHead has no centers: create it with a center loss, { center: { weight, rate } }.',
+      );
+    }
   }
 
   #checkWeightsSet(): void {

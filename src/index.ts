@@ -45,7 +45,7 @@ export {
   MarginHead,
   type MarginHeadOptions,
 } from './head.js';
-export type { BaseLoss, LambdaAnnealing, LossSettings, Weighting } from './loss.js';
+export type { BaseLoss, CenterLoss, LambdaAnnealing, LossSettings, Weighting } from './loss.js';
 export { FaceModel, type ModelInfo, type ModelOptions, type OnnxCheck } from './model.js';
 export {
   type CheckpointEvent,

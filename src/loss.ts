@@ -12,9 +12,9 @@ export interface LambdaAnnealing {
 }
 
 /**
- * The loss of one sample before any weighting, all with the cross-entropy over the classes. theta_j
- * is the angle between the embedding and the weights of class j, y the sample's class; the logits of
- * the margin losses are scale cos(theta_j), that of y is scale psi(theta_y).
+ * The loss of one sample before any weighting, all but the last with the cross-entropy over the
+ * classes. theta_j is the angle between the embedding and the weights of class j, y the sample's
+ * class; the logits of the margin losses are scale cos(theta_j), that of y is scale psi(theta_y).
  *
  * - softmax: logits x . w_j + b_j.
  * - a-softmax (SphereFace, Liu et al. 2017): psi = cos(margin theta), the embedding's norm is the
@@ -24,6 +24,11 @@ export interface LambdaAnnealing {
  * - arcface (Deng et al. 2019): psi = cos(theta + margin), margin in radians, default 0.5.
  * - cosface (Wang et al. 2018): psi = cos(theta) - margin, default 0.35.
  * - combined (ArcFace's Equation 4): psi = cos(m1 theta + m2) - m3, by default 1, 0 and 0.
+ * - euclidean-margin, our reading of "Making Faces More Separable", of which only the abstract is
+ *   public to us: with d_j = 2 - 2 cos(theta_j), the squared distance of the normalised vectors, the
+ *   mean of max(0, margin + d_y - d_j) over the classes j other than y where it is above 0 (one that
+ *   is exactly 0 does not count), plus pull d_y. Defaults 0.4 and 0.5; it has no scale, and
+ *   `gradient` and `beyondPi` mean nothing to it.
  *
  * `scale` is 64 by default.
  */
@@ -32,13 +37,18 @@ export type BaseLoss =
   | { kind: 'a-softmax'; margin?: number; lambda?: number | LambdaAnnealing }
   | { kind: 'arcface'; scale?: number; margin?: number }
   | { kind: 'cosface'; scale?: number; margin?: number }
-  | { kind: 'combined'; scale?: number; m1?: number; m2?: number; m3?: number };
+  | { kind: 'combined'; scale?: number; m1?: number; m2?: number; m3?: number }
+  | { kind: 'euclidean-margin'; margin?: number; pull?: number };
 
 /**
- * Weighting by the loss itself, the paper's hard mining: HM = alpha L / (1 + exp(-A (beta L - B)))
- * (form 'equation', its Equation 2), or beta times that ('algorithm', its Algorithm 1). Reduction
- * 'sample' weights every sample, 'batch' the mean of the batch. Defaults: alpha 1.5, beta 1.1, A 35,
- * B 0.75 (the paper's), 'equation', 'sample'.
+ * Weighting by the loss itself.
+ *
+ * - hard-mining, the paper's: HM = alpha L / (1 + exp(-A (beta L - B))) (form 'equation', its
+ *   Equation 2), or beta times that ('algorithm', its Algorithm 1). Reduction 'sample' weights every
+ *   sample, 'batch' the mean of the batch. Defaults: alpha 1.5, beta 1.1, A 35, B 0.75 (the paper's),
+ *   'equation', 'sample'.
+ * - knot-magnify (Rao et al.): KM = L / (gamma p + 1)^2 with p = exp(-L), sample by sample. `gamma`,
+ *   0 (no weighting) to 1e6, has no default: its authors name none.
  */
 export type Weighting =
   | {
@@ -50,12 +60,26 @@ export type Weighting =
       form?: 'equation' | 'algorithm';
       reduction?: 'sample' | 'batch';
     }
+  | { kind: 'knot-magnify'; gamma: number }
   | { kind: 'none' };
+
+/**
+ * Center loss (Wen et al. 2016): weight / (2 N) sum_i |x_i - c_y|^2 on raw embeddings is added to the
+ * mean weighted loss. The centers c start at 0; every step moves that of class j by
+ * -rate sum_i (c_j - x_i) / (1 + n) over its n rows of the batch. Defaults: weight 0.003, rate 0.5.
+ */
+export interface CenterLoss {
+  weight?: number;
+  /** 0 to 1. */
+  rate?: number;
+}
 
 export interface LossSettings {
   base: BaseLoss;
   /** Left out: none. */
   weighting?: Weighting;
+  /** Left out: none. */
+  center?: CenterLoss;
   /** d psi / d cos as it is ('exact', the default), or taken as 1 ('detached', as arcface_torch does). */
   gradient?: 'exact' | 'detached';
   /**
@@ -103,6 +127,12 @@ const baseSchemas = {
     m2: z.number().min(0).max(Math.PI).default(0),
     m3: z.number().min(0).max(2).default(0),
   }),
+  'euclidean-margin': z.strictObject({
+    kind: z.literal('euclidean-margin'),
+    // Squared distances of unit vectors end at 4.
+    margin: z.number().min(0).max(4).default(0.4),
+    pull: z.number().min(0).max(1000).default(0.5),
+  }),
 };
 
 const hardMiningSchema = z.strictObject({
@@ -116,12 +146,23 @@ const hardMiningSchema = z.strictObject({
 });
 const weightingSchemas = {
   'hard-mining': hardMiningSchema,
+  'knot-magnify': z.strictObject({
+    kind: z.literal('knot-magnify'),
+    // At 1e6 a sample of p = 1 keeps 1e-12 of its loss.
+    gamma: z.number().min(0).max(1e6),
+  }),
   none: z.strictObject({ kind: z.literal('none') }),
 };
+
+const centerSchema = z.strictObject({
+  weight: z.number().positive().default(0.003),
+  rate: z.number().min(0).max(1).default(0.5),
+});
 
 const settingsSchema = z.strictObject({
   base: z.unknown().optional(),
   weighting: z.unknown().optional(),
+  center: z.unknown().optional(),
   gradient: z.enum(['exact', 'detached']).default('exact'),
   beyondPi: z.enum(['mirror', 'none']).default('mirror'),
 });
@@ -139,7 +180,7 @@ export function resolveLoss(settings: LossSettings): {
   const base = checkKind(baseSchemas, parts.base, 'loss.base');
   const weighting = resolveWeighting((parts.weighting ?? { kind: 'none' }) as Weighting);
   const native: NativeLoss = {
-    base: base.kind === 'softmax' ? 'softmax' : 'margin',
+    base: base.kind === 'softmax' || base.kind === 'euclidean-margin' ? base.kind : 'margin',
     m1: 1,
     m2: 0,
     m3: 0,
@@ -148,7 +189,12 @@ export function resolveLoss(settings: LossSettings): {
     lambda: 0,
     mirror: beyondPi === 'mirror',
     detached: gradient === 'detached',
+    euclidean: { margin: 0, pull: 0 },
     weighting,
+    center:
+      parts.center === undefined
+        ? { weight: 0, rate: 0 }
+        : check(centerSchema, parts.center, 'loss.center'),
   };
   let lambda: LambdaAnnealing = { start: 0, decay: 0, floor: 0 };
   switch (base.kind) {
@@ -181,6 +227,9 @@ export function resolveLoss(settings: LossSettings): {
       native.m2 = base.m2;
       native.m3 = base.m3;
       break;
+    case 'euclidean-margin':
+      native.euclidean = { margin: base.margin, pull: base.pull };
+      break;
   }
   return { native, annealing: lambda };
 }
@@ -188,9 +237,7 @@ export function resolveLoss(settings: LossSettings): {
 /** Checks a weighting and fills in its defaults. @throws HardmineError ERR_CONFIG, as resolveLoss. */
 export function resolveWeighting(weighting: Weighting): NativeWeighting {
   const resolved = checkKind(weightingSchemas, weighting, 'weighting');
-  return resolved.kind === 'none'
-    ? { ...hardMiningSchema.parse({ kind: 'hard-mining' }), kind: 'none' }
-    : resolved;
+  return { ...hardMiningSchema.parse({ kind: 'hard-mining' }), gamma: 0, ...resolved };
 }
 
 /** A-Softmax's lambda at a step, counted from 0. */
@@ -202,7 +249,8 @@ export function lambdaAt({ start, decay, floor }: LambdaAnnealing, step: number)
  * The mean base loss to expect of the first step, when embeddings and class weights have nothing to
  * do with each other: cosines are then normal around 0 with variance 1 / dim, so it is about
  * ln(classes) + s^2 / (2 dim) - s psi(pi / 2); for ArcFace the last term is + s sin(margin). A trainer
- * that starts far from it has an error in its data or settings.
+ * that starts far from it has an error in its data or settings. The Euclidean margin loss, all of
+ * whose distances are about 2, starts at about margin + 2 pull.
  *
  * @param embeddingNorm mean norm of the embeddings, which is A-Softmax's scale; by default that which
  *   a batch-norm over the embedding gives.
@@ -214,17 +262,30 @@ export function expectedFirstLoss(
   embeddingNorm = Math.sqrt(dim),
 ): number {
   if (loss.base === 'softmax') return Math.log(classes);
-  const s = loss.normScale ? embeddingNorm : loss.scale;
+  if (loss.base === 'euclidean-margin') return loss.euclidean.margin + 2 * loss.euclidean.pull;
+  const s = cosineWeight(loss, embeddingNorm);
   return Math.log(classes) + (s * s) / (2 * dim) - s * targetCosine(loss, Math.PI / 2);
+}
+
+/**
+ * What a change of the target's cosine is multiplied by in the base loss of the first step, up to the
+ * slope of the margin.
+ */
+export function cosineWeight(loss: NativeLoss, embeddingNorm: number): number {
+  // All hinges and pull d_y move with d_y = 2 - 2 cos.
+  if (loss.base === 'euclidean-margin') return 2 * (1 + loss.euclidean.pull);
+  return loss.normScale ? embeddingNorm : loss.scale;
 }
 
 /**
  * Where a margin loss rests when all embeddings and all class weights have collapsed into one
  * direction: every cosine is 1, so it is ln(classes - 1) + s (1 - psi(0)); for ArcFace psi(0) is
- * cos(margin). Null for softmax, which has no such plateau.
+ * cos(margin). The Euclidean margin loss, all distances 0, rests at its margin. Null for softmax,
+ * which has no such plateau.
  */
 export function plateauLoss(loss: NativeLoss, classes: number): number | null {
   if (loss.base === 'softmax') return null;
+  if (loss.base === 'euclidean-margin') return loss.euclidean.margin;
   // A-Softmax, whose scale is not known here, has no margin at an angle of 0.
   return Math.log(classes - 1) + loss.scale * (1 - targetCosine(loss, 0));
 }

@@ -19,7 +19,7 @@ export type Implementation = 'fused' | 'unfused';
 
 /** core/loss.h's LossSpec. */
 export interface NativeLoss {
-  base: 'softmax' | 'margin';
+  base: 'softmax' | 'margin' | 'euclidean-margin';
   m1: number;
   m2: number;
   m3: number;
@@ -28,15 +28,20 @@ export interface NativeLoss {
   lambda: number;
   mirror: boolean;
   detached: boolean;
+  /** Of 'euclidean-margin'. */
+  euclidean: { margin: number; pull: number };
   weighting: NativeWeighting;
+  /** A weight of 0: none. */
+  center: { weight: number; rate: number };
 }
 
 export interface NativeWeighting {
-  kind: 'none' | 'hard-mining';
+  kind: 'none' | 'hard-mining' | 'knot-magnify';
   alpha: number;
   beta: number;
   A: number;
   B: number;
+  gamma: number;
   form: 'equation' | 'algorithm';
   reduction: 'sample' | 'batch';
 }
@@ -122,6 +127,9 @@ interface NativeHandle {
 export interface NativeHead extends NativeHandle {
   setWeights(weights: Float32Array, bias: Float32Array | null): Promise<void>;
   readWeights(): Promise<{ weights: Float32Array; bias: Float32Array | null }>;
+  /** [classes, dim]; empty without a center loss. */
+  setCenters(centers: Float32Array): Promise<void>;
+  readCenters(): Promise<Float32Array>;
   forwardBackward(
     embeddings: Float32Array,
     labels: Int32Array,

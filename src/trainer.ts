@@ -19,7 +19,7 @@ import { readLfwPairs } from './evaluate/lfw.js';
 import { embedForPairs, evaluatePairs, type VerificationPair } from './evaluate/pairs.js';
 import { bestThreshold } from './evaluate/verification.js';
 import type { TensorMap } from './formats/safetensors.js';
-import { expectedFirstLoss, resolveLoss } from './loss.js';
+import { cosineWeight, expectedFirstLoss, resolveLoss } from './loss.js';
 import { type ModelInfo, writeModel } from './model.js';
 import {
   chooseDevice,
@@ -448,6 +448,7 @@ export class Trainer {
       m1: 1 + (loss.m1 - 1) * marginFactor,
       m2: loss.m2 * marginFactor,
       m3: loss.m3 * marginFactor,
+      euclidean: { ...loss.euclidean, margin: loss.euclidean.margin * marginFactor },
     };
     const expected = expectedFirstLoss(
       inForce,
@@ -458,7 +459,7 @@ export class Trainer {
     const warning = checkFirstLoss(
       stats.baseLoss,
       expected,
-      inForce.normScale ? stats.embeddingNorm : inForce.scale,
+      cosineWeight(inForce, stats.embeddingNorm),
       config,
     );
     if (warning) yield { type: 'warning', ...warning };

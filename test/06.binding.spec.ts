@@ -57,9 +57,12 @@ const LOSS: NativeLoss = {
     beta: 1.1,
     A: 35,
     B: 0.75,
+    gamma: 0,
     form: 'equation',
     reduction: 'sample',
   },
+  euclidean: { margin: 0, pull: 0 },
+  center: { weight: 0, rate: 0 },
 };
 const NETWORK = { architecture: 'resnet18', embedding: 32, embeddingBatchNorm: true };
 const CLASSES = 5;
@@ -220,6 +223,21 @@ describe('the native addon', () => {
     }
   });
 
+  it('refuses losses that no head can have', async () => {
+    const make = (loss: Partial<NativeLoss>) =>
+      addon.createHead({ ...HEAD, loss: { ...LOSS, ...loss } }, EXECUTION);
+    const knot = { ...LOSS.weighting, kind: 'knot-magnify' } as const;
+    const wrong: [Partial<NativeLoss>, RegExp][] = [
+      [{ weighting: { ...knot, gamma: -1 } }, /gamma is -1/],
+      [{ weighting: { ...knot, reduction: 'batch' } }, /knot-magnify .* reduction sample/],
+      [{ base: 'euclidean-margin', euclidean: { margin: -1, pull: 0 } }, /margin is -1/],
+      [{ base: 'euclidean-margin', euclidean: { margin: 0, pull: -1 } }, /pull is -1/],
+      [{ center: { weight: -1, rate: 0 } }, /center weight is -1/],
+      [{ center: { weight: 1, rate: 2 } }, /center rate is 2/],
+    ];
+    for (const [loss, message] of wrong) await fails(() => make(loss), 'ERR_CONFIG', message);
+  });
+
   describe('arguments', () => {
     let head: NativeHead;
     before(async () => {
@@ -269,6 +287,35 @@ describe('the native addon', () => {
         'a nested member',
         (a) => a['createHead']?.({ ...HEAD, loss: { ...LOSS, weighting: null } }, EXECUTION),
         /an object for spec\.loss\.weighting but received null/,
+      ],
+      [
+        'a loss without its centers',
+        (a) => a['createHead']?.({ ...HEAD, loss: { ...LOSS, center: undefined } }, EXECUTION),
+        /an object for spec\.loss\.center but received undefined/,
+      ],
+      [
+        'a pull that is no number',
+        (a) =>
+          a['createHead']?.(
+            { ...HEAD, loss: { ...LOSS, euclidean: { margin: 0.4, pull: '1' } } },
+            EXECUTION,
+          ),
+        /a finite number for spec\.loss\.euclidean\.pull but received '1'/,
+      ],
+      [
+        'an unknown base',
+        (a) => a['createHead']?.({ ...HEAD, loss: { ...LOSS, base: 'triplet' } }, EXECUTION),
+        /'softmax' or 'margin' or 'euclidean-margin' for spec\.loss\.base but received 'triplet'/,
+      ],
+      [
+        'a weighting without gamma',
+        (a) => a['weightLosses']?.(new Float64Array(2), { ...LOSS.weighting, gamma: undefined }),
+        /weighting\.gamma but received undefined/,
+      ],
+      [
+        'centers of a head that has none',
+        (_, h) => h['setCenters']?.(ramp(CLASSES * DIM)),
+        /a Float32Array of 0 elements for centers but received a Float32Array of 40/,
       ],
       [
         'an infinite scale',
@@ -448,6 +495,8 @@ describe('the native addon', () => {
         calls: {
           setWeights: () => [ramp(CLASSES * DIM), null],
           readWeights: () => [],
+          setCenters: () => [new Float32Array()],
+          readCenters: () => [],
           forwardBackward: () => [x, y],
           step: () => [x, y, STEP],
           peakExtraBytes: () => [],

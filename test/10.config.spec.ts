@@ -104,6 +104,57 @@ describe('configuration', () => {
     assert.match(complaint({ ...MINIMUM, weighting }), /weighting\.alpha.*none/);
   });
 
+  it('has Knot Magnify with its gamma, which has no default', () => {
+    const knot = { kind: 'knot-magnify', gamma: 2 };
+    assert.deepEqual(resolveConfig({ ...MINIMUM, weighting: knot }).weighting, knot);
+    assert.match(
+      complaint({ ...MINIMUM, weighting: 'knot-magnify' }),
+      /lacks "weighting\.gamma".*--gamma/,
+    );
+    const strangers: [object, RegExp][] = [
+      [{ ...knot, alpha: 2 }, /weighting\.alpha.*knot-magnify: remove it or choose hard-mining/],
+      [
+        { ...knot, reduction: 'batch' },
+        /weighting\.reduction.*knot-magnify: remove it or choose hard-mining/,
+      ],
+      [{ gamma: 2 }, /weighting\.gamma.*hard-mining: remove it or choose knot-magnify/],
+      [{ kind: 'none', gamma: 2 }, /weighting\.gamma.*none: remove it or choose knot-magnify/],
+      [{ ...knot, gamma: -1 }, /"weighting\.gamma" is -1/],
+    ];
+    for (const [weighting, pattern] of strangers) {
+      assert.match(complaint({ ...MINIMUM, weighting }), pattern);
+    }
+  });
+
+  it('has a center loss where one of its settings is given', () => {
+    assert.equal('center' in resolveConfig(MINIMUM), false);
+    const center = (given: object) => resolveConfig({ ...MINIMUM, center: given }).center;
+    assert.deepEqual(center({}), { weight: 0.003, rate: 0.5 });
+    assert.deepEqual(center({ rate: 1 }), { weight: 0.003, rate: 1 });
+    assert.match(complaint({ ...MINIMUM, center: { weight: 0 } }), /"center\.weight" is 0/);
+    assert.match(complaint({ ...MINIMUM, center: { wight: 1 } }), /"center\.wight".*"weight"/);
+  });
+
+  it('has the Euclidean margin without what only angles have', () => {
+    const base = { ...MINIMUM, loss: 'euclidean-margin' };
+    const config = resolveConfig(base);
+    assert.deepEqual([config.margin, config.pull, config.marginWarmUp], [0.4, 0.5, 0]);
+    for (const [key, value] of [
+      ['scale', 64],
+      ['marginGradient', 'exact'],
+      ['beyondPi', 'none'],
+      ['lambda', 5],
+      ['m2', 0.5],
+    ] as const) {
+      assert.equal(key in config, false);
+      assert.match(
+        complaint({ ...base, [key]: value }),
+        new RegExp(`"${key}" has no meaning with the loss euclidean-margin`),
+      );
+    }
+    assert.match(complaint({ ...MINIMUM, pull: 1 }), /"pull".*arcface.*euclidean-margin/);
+  });
+
   it('names the nearest known key for one that it does not know', () => {
     assert.match(complaint({ ...MINIMUM, epoch: 3 }), /"epoch".*"epochs"/);
     assert.match(complaint({ ...MINIMUM, 'weight-decay': 0 }), /"weight-decay".*"weightDecay"/);
@@ -161,6 +212,17 @@ describe('configuration', () => {
       [combined.m1, combined.m2, combined.m3, combined.mirror],
       [1.5, 0.3, 0.2, false],
     );
+    const euclidean = native({
+      loss: 'euclidean-margin',
+      pull: 1,
+      weighting: { kind: 'knot-magnify', gamma: 3 },
+      center: { rate: 0.25 },
+    });
+    assert.equal(euclidean.base, 'euclidean-margin');
+    assert.deepEqual(euclidean.euclidean, { margin: 0.4, pull: 1 });
+    assert.deepEqual(euclidean.center, { weight: 0.003, rate: 0.25 });
+    assert.deepEqual([euclidean.weighting.kind, euclidean.weighting.gamma], ['knot-magnify', 3]);
+    assert.equal(arcface.center.weight, 0);
     const aSoftmax = native({ loss: 'a-softmax' });
     assert.deepEqual([aSoftmax.m1, aSoftmax.normScale, aSoftmax.lambda], [4, true, 1000]);
   });
@@ -186,6 +248,7 @@ describe('configuration', () => {
     assert.equal(changed({ epochs: 30, threads: 1, keep: 9, resume: true, out: 'moved' }), null);
     assert.equal(changed({ lr: 0.02 }), 'lr');
     assert.equal(changed({ weighting: { alpha: 2 } }), 'weighting');
+    assert.equal(changed({ center: {} }), 'center');
     assert.equal(changed({ batch: 32 }), 'batch');
     assert.equal(changed({ augment: { crop: 2 } }), 'augment');
   });
@@ -197,11 +260,22 @@ describe('options of the command line', () => {
     addConfigOptions(command);
     const flags = new Set(command.options.map(({ long }) => long));
     for (const key of Object.keys(configSchema.shape)) {
-      if (key !== 'augment') assert(flags.has(`--${kebab(key)}`), key);
+      if (key !== 'augment' && key !== 'center') assert(flags.has(`--${kebab(key)}`), key);
     }
-    for (const nested of ['alpha', 'beta', 'A', 'B', 'form', 'reduction', 'flip', 'crop']) {
+    for (const nested of [
+      'alpha',
+      'beta',
+      'A',
+      'B',
+      'form',
+      'reduction',
+      'gamma',
+      'flip',
+      'crop',
+    ]) {
       assert(flags.has(`--${nested}`), nested);
     }
+    for (const nested of ['weight', 'rate']) assert(flags.has(`--center-${nested}`), nested);
   });
 
   it('give nothing that was not given', () => {
@@ -230,6 +304,16 @@ describe('options of the command line', () => {
     assert.deepEqual(fromOptions('--lambda', '0'), { lambda: 0 });
     assert.deepEqual(fromOptions('--no-hard-mining'), { weighting: { kind: 'none' } });
     assert.deepEqual(fromOptions('--hard-mining'), { weighting: { kind: 'hard-mining' } });
+    assert.deepEqual(fromOptions('--weighting', 'knot-magnify', '--gamma', '2'), {
+      weighting: { kind: 'knot-magnify', gamma: 2 },
+    });
+    assert.deepEqual(
+      fromOptions(
+        ...['--loss', 'euclidean-margin', '--margin', '0.3', '--pull', '1'],
+        ...['--center-weight', '0.01'],
+      ),
+      { loss: 'euclidean-margin', margin: 0.3, pull: 1, center: { weight: 0.01 } },
+    );
   });
 
   it('refuse what is no number or none of the choices', () => {

@@ -38,6 +38,7 @@ const BASES: BaseLoss[] = [
   // MXNet's example, and the second of ArcFace's Table 2, whose m1 is below 1.
   { kind: 'combined', scale: 64, m1: 1, m2: 0.3, m3: 0.2 },
   { kind: 'combined', scale: 30, m1: 0.9, m2: 0.4, m3: 0.15 },
+  { kind: 'euclidean-margin', margin: 0.4, pull: 0.5 },
 ];
 
 const OMITTED_WHEN_LARGE = [BASES[1], BASES[2], BASES[5]];
@@ -48,10 +49,11 @@ const WEIGHTINGS: Weighting[] = [
   { kind: 'hard-mining', form: 'equation', reduction: 'batch' },
   { kind: 'hard-mining', form: 'algorithm', reduction: 'sample' },
   { kind: 'hard-mining', form: 'algorithm', reduction: 'batch' },
+  { kind: 'knot-magnify', gamma: 2 },
 ];
 
 /** Enough where the weighting is not what is tested. */
-const SOME_WEIGHTINGS = WEIGHTINGS.filter((_, i) => i === 0 || i === 1 || i === 4);
+const SOME_WEIGHTINGS = WEIGHTINGS.filter((_, i) => [0, 1, 4, 5].includes(i));
 
 /**
  * The issue's tolerances: fp32 rounds a cosine of 512 products to about 1e-7, which the scale of 64
@@ -61,6 +63,11 @@ const SOME_WEIGHTINGS = WEIGHTINGS.filter((_, i) => i === 0 || i === 1 || i === 
 const BASE_LOSS = 2e-5;
 const WEIGHTED_LOSS = 1e-5;
 const GRADIENT_NORM = 1e-3;
+
+/** Whether the base loss has a margin of the angle, and so a `gradient` and `beyondPi`. */
+function isAngular({ kind }: BaseLoss): boolean {
+  return kind !== 'softmax' && kind !== 'euclidean-margin';
+}
 
 /** Three of four rows inside the gate, the others easy and hard, the mean inside it too. */
 function gateLoss(row: number, random: { uniform(low: number, high: number): number }): number {
@@ -153,7 +160,7 @@ describe('the double reference of the margin head', () => {
 
   for (const base of BASES) {
     for (const gradient of ['exact', 'detached'] as const) {
-      if (base.kind === 'softmax' && gradient === 'detached') continue;
+      if (!isAngular(base) && gradient === 'detached') continue;
       it(`has the gradients of central differences: ${describeBase(base)}, ${gradient}`, () => {
         const law = lawOf({ base, gradient });
         const input = caseWithLosses(shape, law, gateLoss);
@@ -239,7 +246,7 @@ describe('MarginHead against the double reference', function () {
     }
   }
 
-  const MARGIN_BASES = BASES.filter(({ kind }) => kind !== 'softmax');
+  const MARGIN_BASES = BASES.filter(isAngular);
   const small: Shape = { rows: 7, dim: 33, classes: 129 };
 
   for (const base of MARGIN_BASES) {
@@ -315,6 +322,118 @@ describe('MarginHead against the double reference', function () {
     });
   }
 
+  /** Three of four rows around p_c, 0.11 to 0.24 for these gammas, where Knot Magnify turns. */
+  const knotLoss: typeof gateLoss = (row, random) =>
+    row % 4 !== 3 ? random.uniform(1.2, 2.4) : random.uniform(0.01, 0.2);
+
+  for (const base of BASES) {
+    it(`${describeBase(base)}: Knot Magnify of every strength, around its critical point`, async () => {
+      const law = lawOf({ base });
+      const input = caseWithLosses(small, law, knotLoss);
+      const rows = referenceRows(input, law);
+      const inside = rows.baseLoss.filter((loss) => loss >= 1.1 && loss <= 2.5).length;
+      assert.ok(2 * inside >= small.rows, `only ${inside} of ${small.rows} rows around p_c`);
+      for (const gamma of [0, 0.1, 2, 8, 1000]) {
+        const weighting: Weighting = { kind: 'knot-magnify', gamma };
+        const expected = weighted(rows, weightingOf(weighting));
+        for (const implementation of IMPLEMENTATIONS) {
+          const plain = await run(input, { base }, implementation);
+          const found = await run(input, { base, weighting }, implementation);
+          compare(found, expected, weighting, `${implementation}, gamma ${gamma}`);
+          compareFactors(found, plain, small, weighting, `${implementation}, gamma ${gamma}`);
+          if (gamma === 0) assert.deepEqual(found, plain);
+        }
+      }
+    });
+  }
+
+  describe('of the Euclidean margin', () => {
+    const kind = 'euclidean-margin';
+    /** Class weights along the axes, embeddings with the cosines given. */
+    function onAxes(cosines: number[][], labels: number[]): HeadCase {
+      const classes = cosines[0]!.length;
+      const dim = classes + 1;
+      const weights = new Float32Array(classes * dim);
+      for (let j = 0; j < classes; j++) weights[j * dim + j] = 2;
+      const embeddings = Float32Array.from(
+        cosines.flatMap((row) => [
+          ...row,
+          Math.sqrt(Math.max(0, 1 - row.reduce((a, b) => a + b * b, 0))),
+        ]),
+      );
+      const shape = { rows: cosines.length, dim, classes };
+      return { ...shape, embeddings, weights, bias: null, labels: Int32Array.from(labels) };
+    }
+
+    for (const [margin, pull] of [
+      [0.4, 0.5],
+      [1.5, 0],
+      [0, 2],
+      [4, 0.1],
+    ] as const) {
+      it(`every number of active classes, just active and just not: margin ${margin}, pull ${pull}`, async () => {
+        const base: BaseLoss = { kind, margin, pull };
+        const law = lawOf({ base });
+        const near = 1e-4;
+        const own = 0.5;
+        // The cosine at which a hinge is 0: margin + d_y - d_j = margin + 2 (cos_j - cos_y).
+        const edge = own - margin / 2;
+        const rows = [
+          [own, edge - near, edge - near, edge - near], // none
+          [own, edge + near, edge - near, edge - near], // one, just
+          [own, edge + near, edge + near, edge - near],
+          [own, edge + near, edge + near, edge + near], // all, just
+          [own, edge + 0.2, edge - 0.3, edge - near],
+        ].map((row) => row.map((cosine) => Math.max(-0.49, cosine)));
+        const input = onAxes(rows, [0, 0, 0, 0, 0]);
+        const reference = referenceRows(input, law);
+        for (const weighting of WEIGHTINGS) {
+          const expected = weighted(reference, weightingOf(weighting));
+          for (const implementation of IMPLEMENTATIONS) {
+            const found = await run(input, { base, weighting }, implementation);
+            compare(found, expected, weighting, `${implementation}, ${weighting.kind}`);
+          }
+        }
+      });
+    }
+
+    it('counts a hinge that is exactly 0 as inactive', async () => {
+      // cos_y = 1 and cos_j = 0 give 2 + 0 - 2, in any arithmetic.
+      const base: BaseLoss = { kind, margin: 2, pull: 0.5 };
+      const input = onAxes([[1, 0, 0]], [0]);
+      // Beside it a class at cos_j = 1/2, whose hinge of 1 it would halve.
+      input.weights.fill(1, 8, 12);
+      for (const implementation of IMPLEMENTATIONS) {
+        const found = await run(input, { base }, implementation);
+        assert.equal(found.loss, 1);
+        assert.ok(found.gradWeights.subarray(4, 8).every((value) => value === 0));
+      }
+    });
+
+    it('is finite at cosines of 1 and -1, and for an embedding of zeros', async () => {
+      const base: BaseLoss = { kind };
+      const input = onAxes(
+        [
+          [1, 0, 0],
+          [-1, 0, 0],
+          [0, 0, 0],
+        ],
+        [0, 0, 1],
+      );
+      input.embeddings.fill(0, 8, 12);
+      for (const implementation of IMPLEMENTATIONS) {
+        const found = await run(input, { base }, implementation);
+        assertClose(found.baseLoss[0]!, 0, 1e-6, 'on its class');
+        // d_y = 4, d_j = 2: both hinges are 2.4.
+        assertClose(found.baseLoss[1]!, 2.4 + 0.5 * 4, 1e-6, 'opposite its class');
+        // A zero has no direction: all cosines are 0.
+        assertClose(found.baseLoss[2]!, 0.4 + 0.5 * 2, 1e-6, 'an embedding of zeros');
+        assert.ok(found.gradEmbeddings.every(Number.isFinite));
+        assert.ok(found.gradWeights.every(Number.isFinite));
+      }
+    });
+  });
+
   for (const base of BASES) {
     it(`${describeBase(base)}: one label for all, all easy, all hard`, async () => {
       const law = lawOf({ base });
@@ -342,6 +461,174 @@ describe('MarginHead against the double reference', function () {
       }
     });
   }
+});
+
+describe('the center loss', () => {
+  const shape: Shape = { rows: 9, dim: 5, classes: 6 };
+  const center = { weight: 0.3, rate: 0.4 };
+  const { rows, dim, classes } = shape;
+  /** Repeats, labels of one row alone, and classes 4 and 5 never. */
+  const repeated = Int32Array.of(1, 0, 1, 3, 1, 0, 2, 1, 0);
+
+  /** (weight / 2N) sum |x - c_y|^2, its gradient, and the centers after a step. */
+  function reference(embeddings: Float32Array, labels: Int32Array, centers: Float64Array) {
+    let loss = 0;
+    const gradient = new Float64Array(rows * dim);
+    const moved = centers.slice();
+    const counts = labels.reduce((all, label) => {
+      all[label]!++;
+      return all;
+    }, new Int32Array(classes));
+    for (const [i, label] of labels.entries()) {
+      for (let d = 0; d < dim; d++) {
+        const difference = embeddings[i * dim + d]! - centers[label * dim + d]!;
+        loss += (center.weight / (2 * rows)) * difference ** 2;
+        gradient[i * dim + d] = (center.weight / rows) * difference;
+        moved[label * dim + d]! += (center.rate * difference) / (1 + counts[label]!);
+      }
+    }
+    return { loss, gradient, moved };
+  }
+
+  it('has the gradient of central differences, in the reference', () => {
+    const { embeddings } = caseWithLosses(shape, lawOf({ base: { kind: 'softmax' } }), gateLoss);
+    const centers = Float64Array.from({ length: classes * dim }, (_, i) => Math.sin(i));
+    const { gradient } = reference(embeddings, repeated, centers);
+    for (const [i, expected] of gradient.entries()) {
+      const at = (offset: number) => {
+        const values = embeddings.slice();
+        values[i]! += offset;
+        // The step that fp32 made of it.
+        return { x: values[i]!, loss: reference(values, repeated, centers).loss };
+      };
+      const [up, down] = [at(1e-3), at(-1e-3)];
+      // A parabola: only rounding of some 1e-16 over 2e-3.
+      assertClose((up.loss - down.loss) / (up.x - down.x), expected, 1e-10, `gradient ${i}`);
+    }
+  });
+
+  for (const base of BASES) {
+    for (const implementation of IMPLEMENTATIONS) {
+      it(`stands beside ${describeBase(base)}, outside the weighting, ${implementation}`, async () => {
+        const law = lawOf({ base });
+        for (const labels of [repeated, new Int32Array(rows).fill(4)]) {
+          for (const weighting of SOME_WEIGHTINGS) {
+            const input = caseWithLosses(shape, law, gateLoss);
+            input.labels.set(labels);
+            const { embeddings, weights, bias } = input;
+            const options = { classes, dim, implementation, threads: 2, device: 'cpu' };
+            const plain = await run(input, { base, weighting }, implementation, 2);
+            const head = await MarginHead.create({
+              ...options,
+              loss: { base, weighting, center },
+            });
+            try {
+              await (bias ? head.setWeights(weights, bias) : head.setWeights(weights));
+              let centers = new Float64Array(classes * dim);
+              assert.ok((await head.readCenters()).every((value) => value === 0));
+              for (let step = 0; step < 3; step++) {
+                const expected = reference(embeddings, labels, centers);
+                const found = await head.forwardBackward({ embeddings, labels });
+                assert.deepEqual(
+                  await head.readCenters(),
+                  Float32Array.from(centers),
+                  'forwardBackward moves no center',
+                );
+                // lr 0: the weights, and so what the base loss has its share of, stay.
+                const stepped = await head.step(embeddings, labels, { lr: 0, momentum: 0 });
+                assert.deepEqual(found.baseLoss, plain.baseLoss);
+                assert.deepEqual(found.weightedLoss, plain.weightedLoss);
+                assert.deepEqual(found.gradWeights, plain.gradWeights);
+                const loss = plain.loss + expected.loss;
+                assertClose(found.loss, loss, 1e-6 * Math.max(1, loss), 'loss');
+                assertClose(stepped.loss, loss, 1e-6 * Math.max(1, loss), 'loss of the step');
+                const gradient = expected.gradient.map((g, i) => g + plain.gradEmbeddings[i]!);
+                // One rounding of each of two fp32 terms.
+                assert.ok(relativeDistance(found.gradEmbeddings, gradient) < 1e-6);
+                assert.deepEqual(stepped.gradEmbeddings, found.gradEmbeddings);
+                const moved = await head.readCenters();
+                assert.ok(relativeDistance(moved, expected.moved) < 1e-6);
+                assert.ok(
+                  moved.subarray(5 * dim).every((value) => value === 0),
+                  'class never seen',
+                );
+                centers = Float64Array.from(moved);
+              }
+              const set = Float32Array.from({ length: classes * dim }, (_, i) => Math.cos(i));
+              await head.setCenters(set);
+              assert.deepEqual(await head.readCenters(), set);
+              const { loss } = await head.forwardBackward({ embeddings, labels });
+              const expected = reference(embeddings, labels, Float64Array.from(set)).loss;
+              assertClose(loss, plain.loss + expected, 1e-6 * Math.max(1, loss), 'set centers');
+            } finally {
+              await head.dispose();
+            }
+          }
+        }
+      });
+    }
+  }
+
+  it('moves centers to the last bit alike in two heads', async () => {
+    const input = caseWithLosses(shape, lawOf({ base: { kind: 'arcface' } }), gateLoss);
+    const centersOf = async () => {
+      const options = { classes, dim, threads: 2, device: 'cpu' };
+      const head = await MarginHead.create({
+        ...options,
+        loss: { base: { kind: 'arcface' }, center: {} },
+      });
+      try {
+        await head.setWeights(input.weights);
+        for (let step = 0; step < 5; step++)
+          await head.step(input.embeddings, repeated, { lr: 0.1 });
+        return await head.readCenters();
+      } finally {
+        await head.dispose();
+      }
+    };
+    const first = await centersOf();
+    assert.ok(first.some((value) => value !== 0));
+    assert.deepEqual(await centersOf(), first);
+  });
+
+  it('refuses centers that are not finite, of another length, or where there are none', async () => {
+    const options = { classes: 2, dim: 3, device: 'cpu' };
+    const loss: LossSettings = { base: { kind: 'arcface' }, center: {} };
+    const head = await MarginHead.create({ ...options, loss });
+    const without = await MarginHead.create({ ...options, loss: { base: { kind: 'arcface' } } });
+    const input = {
+      embeddings: Float32Array.of(1, 2, 3),
+      weights: Float32Array.of(1, 2, 3, -1, 0, 2),
+      labels: Int32Array.of(1),
+    };
+    try {
+      const good = await head.forwardBackward(input);
+      await head.setCenters(Float32Array.of(0, 0, 0, 1, Number.NaN, 1));
+      await assert.rejects(
+        head.forwardBackward(input),
+        errorLike('ERR_NON_FINITE', /center of class 1 has nan at position 1/),
+      );
+      await assert.rejects(
+        head.step(input.embeddings, input.labels, { lr: 0.1 }),
+        errorLike('ERR_NON_FINITE', /center of class 1/),
+      );
+      await head.setCenters(new Float32Array(6));
+      assert.deepEqual(await head.forwardBackward({ ...input }), good);
+      await assert.rejects(
+        head.setCenters(new Float32Array(5)),
+        errorLike('ERR_INPUT', /centers has 5 values where classes \* dim = 6/),
+      );
+      const none = errorLike('ERR_INPUT', /no centers: create it with a center loss/);
+      await assert.rejects(without.setCenters(new Float32Array(6)), none);
+      await assert.rejects(without.readCenters(), none);
+    } finally {
+      await head.dispose();
+      await without.dispose();
+    }
+    const disposed = errorLike('ERR_DISPOSED', /MarginHead was disposed/);
+    await assert.rejects(head.setCenters(new Float32Array(6)), disposed);
+    await assert.rejects(head.readCenters(), disposed);
+  });
 });
 
 describe('MarginHead', () => {

@@ -53,6 +53,64 @@ describe('weightLosses', () => {
     }
   }
 
+  for (const gamma of [0, 0.1, 1, 2, 8, 1e6]) {
+    it(`is the double formula of Knot Magnify with gamma ${gamma}`, () => {
+      const weighting: Weighting = { kind: 'knot-magnify', gamma };
+      const found = weightLosses(losses, weighting);
+      const expected = weightedLosses(Float64Array.from(losses), weighting);
+      for (const [i, loss] of losses.entries()) {
+        // Rounding of some ten operations; the reference's quotient rule cancels a digit more.
+        const near = (a: number, b: number) => assertNear(a, b, 1e-14 * Math.abs(b));
+        near(found.weighted[i]!, expected.values[i]!);
+        near(found.gradientWeight[i]!, expected.slopes[i]!);
+        assert.ok(Number.isFinite(found.weighted[i]!), `KM(${loss}) is finite`);
+      }
+      // At L = 0, p is 1; far out, p is nothing and the loss is left as it is.
+      assertNear(found.gradientWeight[0]!, (gamma + 1) ** -2, 1e-15);
+      assert.equal(found.gradientWeight.at(-1), 1);
+      assert.equal(found.weighted.at(-1), 1e300);
+    });
+  }
+
+  it("has the derivative of Knot Magnify's value", () => {
+    for (const gamma of [0.1, 2, 8]) {
+      const at = (loss: number) => weightLosses([loss], { kind: 'knot-magnify', gamma });
+      for (let loss = 0.01; loss < 6; loss += 0.05) {
+        const difference = (at(loss + 1e-5).weighted[0]! - at(loss - 1e-5).weighted[0]!) / 2e-5;
+        // Third derivatives up to about 10 at gamma 8, times 1e-10; rounding of 1e-16 / 1e-5.
+        assertNear(at(loss).gradientWeight[0]!, difference, 1e-8);
+      }
+    }
+  });
+
+  it("has the poster's critical points of Knot Magnify", () => {
+    // Rounded up to three digits there, as p_c = sqrt(1 / (gamma ln(1 + gamma))) - 1 / gamma shows.
+    const table = [
+      [0.1, 0.244],
+      [1, 0.202],
+      [2, 0.175],
+      [4, 0.145],
+      [6, 0.126],
+      [8, 0.114],
+    ] as const;
+    for (const [gamma, expected] of table) {
+      /** R = gamma / (ln(gamma + 1) (gamma p + 1)^2), by the weighting itself: KM(L) / L is 1 / (gamma p + 1)^2. */
+      const relation = (p: number) => {
+        const loss = -Math.log(p);
+        const { weighted } = weightLosses([loss], { kind: 'knot-magnify', gamma });
+        return ((weighted[0]! / loss) * gamma) / Math.log1p(gamma);
+      };
+      let [low, high] = [1e-6, 1 - 1e-6];
+      assert.ok(relation(low) > 1 && relation(high) < 1);
+      for (let step = 0; step < 50; step++) {
+        const middle = (low + high) / 2;
+        if (relation(middle) >= 1) low = middle;
+        else high = middle;
+      }
+      assert.equal(Math.ceil(low * 1000) / 1000, expected, `p_c(${gamma}) is ${low}`);
+    }
+  });
+
   it("has the paper's figures", () => {
     // Loss, HM / L of Equation 2, dHM/dL of Equation 2 and of Algorithm 1, rounded as given there.
     const table: [number, number, number, number][] = [
@@ -120,10 +178,12 @@ describe('the settings of a loss', () => {
       beta: 1.1,
       A: 35,
       B: 0.75,
+      gamma: 0,
       form: 'equation',
       reduction: 'sample',
     };
-    const rest = { ...options, weighting: none };
+    const parts = { euclidean: { margin: 0, pull: 0 }, center: { weight: 0, rate: 0 } };
+    const rest = { ...options, weighting: none, ...parts };
     const cases: [LossSettings, object][] = [
       [{ base: { kind: 'softmax' } }, { base: 'softmax', ...plain, scale: 1, ...rest }],
       [{ base: { kind: 'arcface' } }, { base: 'margin', ...plain, m2: 0.5, ...rest }],
@@ -161,7 +221,35 @@ describe('the settings of a loss', () => {
           normScale: true,
           lambda: 1000,
           ...options,
+          ...parts,
           weighting: { ...none, kind: 'hard-mining', form: 'algorithm', A: 20 },
+        },
+      ],
+      [
+        { base: { kind: 'euclidean-margin' }, center: {} },
+        {
+          base: 'euclidean-margin',
+          ...plain,
+          scale: 1,
+          ...rest,
+          euclidean: { margin: 0.4, pull: 0.5 },
+          center: { weight: 0.003, rate: 0.5 },
+        },
+      ],
+      [
+        {
+          base: { kind: 'euclidean-margin', margin: 1, pull: 0 },
+          weighting: { kind: 'knot-magnify', gamma: 2 },
+          center: { weight: 0.1, rate: 0 },
+        },
+        {
+          base: 'euclidean-margin',
+          ...plain,
+          scale: 1,
+          ...rest,
+          euclidean: { margin: 1, pull: 0 },
+          weighting: { ...none, kind: 'knot-magnify', gamma: 2 },
+          center: { weight: 0.1, rate: 0 },
         },
       ],
     ];
@@ -217,6 +305,35 @@ describe('the settings of a loss', () => {
       /unknown key "a": .* "A"/,
     ],
   ];
+  for (const [value, pattern] of [
+    [undefined, /weighting\.gamma is undefined: /],
+    [-1, /weighting\.gamma is -1: /],
+    [1e7, /weighting\.gamma is 10000000: /],
+    [Number.NaN, /weighting\.gamma is NaN: /],
+  ] as const) {
+    refused.push([
+      { base: { kind: 'softmax' }, weighting: { kind: 'knot-magnify', gamma: value } },
+      pattern,
+    ]);
+  }
+  refused.push(
+    [
+      {
+        base: { kind: 'softmax' },
+        weighting: { kind: 'knot-magnify', gamma: 1, reduction: 'batch' },
+      },
+      /weighting has an unknown key "reduction"/,
+    ],
+    [{ base: { kind: 'euclidean-margin', scale: 30 } }, /loss\.base has an unknown key "scale"/],
+    [{ base: { kind: 'euclidean-margin', margin: 5 } }, /loss\.base\.margin is 5: /],
+    [{ base: { kind: 'euclidean-margin', pull: -1 } }, /loss\.base\.pull is -1: /],
+    [{ base: { kind: 'softmax' }, center: { weight: 0 } }, /loss\.center\.weight is 0: /],
+    [{ base: { kind: 'softmax' }, center: { rate: 1.5 } }, /loss\.center\.rate is 1\.5: /],
+    [
+      { base: { kind: 'softmax' }, center: { wait: 1 } },
+      /loss\.center has an unknown key "wait": .*"weight"/,
+    ],
+  );
   for (const [settings, pattern] of refused) {
     it(`are refused with a sentence: ${JSON.stringify(settings)}`, () => {
       assert.throws(() => resolveLoss(settings as LossSettings), errorLike('ERR_CONFIG', pattern));
@@ -248,6 +365,8 @@ describe('the settings of a loss', () => {
       Math.log(854) + 100 / 1024 + 5,
       1e-9,
     );
+    // All distances 2: margin + 2 pull.
+    assertNear(first({ base: { kind: 'euclidean-margin' } }), 1.4, 1e-12);
   });
 
   it('foretell where a collapsed network rests', () => {
@@ -258,5 +377,6 @@ describe('the settings of a loss', () => {
     assertNear(plateau({ base: { kind: 'cosface' } })!, Math.log(853) + 64 * 0.35, 1e-9);
     assertNear(plateau({ base: { kind: 'a-softmax' } })!, Math.log(853), 1e-9);
     assert.equal(plateau({ base: { kind: 'softmax' } }), null);
+    assert.equal(plateau({ base: { kind: 'euclidean-margin', margin: 0.3 } }), 0.3);
   });
 });

@@ -26,6 +26,7 @@ import { scalarsOf } from './helpers/event-reader.js';
 import {
   checkpointHashes,
   drawFaces,
+  PEOPLE,
   runTraining,
   smallConfig,
   writeLfw,
@@ -87,6 +88,43 @@ describe('training', function () {
       reference = hashes[0]!;
       const lines = await metricSteps(out('first'));
       assert.equal(lines.at(-1), 108);
+    });
+
+    it('is the same when it is resumed with a center loss, whose centers go into the checkpoint', async () => {
+      const centered = {
+        ...whole,
+        epochs: 2,
+        checkpointEvery: 12,
+        weighting: { kind: 'knot-magnify', gamma: 2 },
+        center: { weight: 0.05, rate: 0.3 },
+      } as const;
+      const first = await runTraining(config('centered', centered));
+      assert.ifError(first.error);
+      const stopped = await runTraining(
+        config('centers-stopped', centered),
+        (event) => event.type === 'step' && event.step >= 14,
+      );
+      assert.ok(stopped.error !== null);
+      const resumed = await runTraining(config('centers-stopped', { ...centered, resume: true }));
+      assert.ifError(resumed.error);
+      assert.deepEqual(await hashesOf('centers-stopped', 24), await hashesOf('centered', 24));
+      const path = join(out('centered'), 'checkpoints', checkpointName(24));
+      const { tensors } = await readSafetensors(join(path, 'head.safetensors'));
+      const centers = tensors.get('head.centers')!;
+      assert.deepEqual(centers.shape, [PEOPLE, 32]);
+      assert.ok(centers.data.every(Number.isFinite) && centers.data.some((value) => value !== 0));
+      const { tensors: model } = await readSafetensors(join(out('centered'), 'last.safetensors'));
+      assert.ok(![...model.keys()].some((name) => name.includes('center')));
+      // What is trained on has the center loss besides; what is compared does not.
+      const epochs = eventsOf(first.events, 'epoch');
+      assert.ok(epochs.every(({ loss, baseLoss }) => Number.isFinite(loss + baseLoss)));
+      await assert.rejects(
+        Trainer.create(config('centered', { ...centered, center: {}, resume: true })),
+        {
+          code: 'ERR_CONFIG',
+          message: /started with center/,
+        },
+      );
     });
 
     it('is another with another seed', async () => {
@@ -412,6 +450,18 @@ describe('training', function () {
     });
   });
 
+  it('learns by the Euclidean margin, and starts where its formula says', async () => {
+    const { scale: _, ...rest } = config('euclidean', { loss: 'euclidean-margin', epochs: 5 });
+    const { events, error } = await runTraining({ ...rest, weighting: 'none', marginWarmUp: 1 });
+    assert.ifError(error);
+    // Neither the first loss nor anything else is remarked on.
+    assert.deepEqual(eventsOf(events, 'warning'), []);
+    const epochs = eventsOf(events, 'epoch');
+    assert.ok(epochs.at(-1)!.baseLoss < epochs[0]!.baseLoss);
+    // 1 in 12 by chance.
+    assert.ok(epochs.at(-1)!.accuracy > 0.3, `accuracy ${epochs.at(-1)!.accuracy}`);
+  });
+
   it('is one run a Trainer, and none after dispose()', async () => {
     const trainer = await Trainer.create(config('states', { epochs: 50 }));
     const run = trainer.run();
@@ -503,6 +553,9 @@ describe('health of a run', () => {
     const [warning] = watch({ silenced: 0.99 });
     assert.equal(warning?.kind, 'silenced');
     assert.match(warning.message, /99\.0%.*lower B or A/);
+    const weighting = { kind: 'knot-magnify', gamma: 8 } as const;
+    const knot = resolveConfig({ data: 'x', out: 'y', weighting });
+    assert.match(watch({ silenced: 0.99 }, knot)[0]!.message, /knot-magnify .*lower gamma/);
     assert.deepEqual(watch({ silenced: 0.99, accuracy: 0.98 }), []);
   });
 

@@ -35,7 +35,7 @@ describe('plotLoss', function () {
       assert.ok(losses.every((loss) => loss > 0 && Number.isFinite(loss)));
       return formulas(losses, weighting);
     });
-    const paper = { kind: 'hard-mining', alpha: 1.5, beta: 1.1, A: 35, B: 0.75 };
+    const paper = { kind: 'hard-mining', alpha: 1.5, beta: 1.1, A: 35, B: 0.75, gamma: 0 };
     assert.deepEqual(asked, [
       { ...paper, form: 'equation', reduction: 'sample' },
       { ...paper, form: 'algorithm', reduction: 'sample' },

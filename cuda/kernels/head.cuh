@@ -4,16 +4,19 @@
 //   z_ij = s_i cos_ij,  z_iy = s_i psi(cos_iy);   softmax head: z_ij = x_i . w_j + b_j
 //   L_i = log sum_j e^z_ij - z_iy,   f_i = dHM/dL at L_i (or at the mean loss)
 //   dL/dz_ij = p_ij - [j = y],   gradient of the mean weighted loss: f_i / N times that
+// The Euclidean margin has s_i = 2, hinges z_ij - (z_iy - margin) in place of the softmax and, in
+// units of 1 / (active classes of the row), p_ij = [class j is active].
 //
 // Two passes over chunks of classes, because f_i needs the whole row's sum before any gradient:
 //   prepare_rows            x_hat, the target's cosine, margin and its derivative
 //   chain_rows, similarity  beside the first pass: rows chained by class, mean cosine of strangers
 //   per class chunk: product      cos chunk = x_hat W_hat^T, fp32, stays in L2
-//                    softmax_chunk   joins the chunk's (max, sum) to the row's
+//                    softmax_chunk   joins the chunk's (max, sum) to the row's;
+//                    hinge_chunk     its hinges
 //   finish_rows             loss, factor, the step's figures into its slot of the ring
 //   start_gradients         X_f: rows times their coefficient; dX starts with the target's share
 //   per chunk: product      cos chunk again
-//              gradient_chunk  dZ = p 2^15 in T, the target's entry 0
+//              gradient_chunk  dZ = p 2^15 in T, the target's entry 0; hinge_gradient_chunk
 //              two products    dX += dZ W_hat;  G = dZ^T X_f
 //              sgd_classes     weight-norm backward, decay, momentum, new norm, new W_hat, in one
 //                              pass, under the next chunk's products
@@ -58,13 +61,14 @@ struct RowTarget {
   float cosine;      // of the target before the margin; softmax: its logit
   float margin;      // psi
   float derivative;  // d psi / d cos
+  float threshold;   // Euclidean margin: z_iy - margin
 };
 
 // What the gradient of a row needs.
 struct RowGradient {
   float log_sum;  // log sum_j e^z_ij over all classes
-  float factor;   // f_i / N
-  float target;   // p_iy - 1
+  float factor;   // f_i / N, times the unit of p
+  float target;   // p_iy - 1; Euclidean margin: -([any active] + pull), in the unit of p
 };
 
 // The figures of one step.
@@ -94,16 +98,26 @@ struct PrepareArguments {
   const float* embeddings;
   const int* labels;
   int dim;
-  bool cosines;                    // false: softmax with bias, nothing is normalised
-  MarginLaw law;                   // before its warm-up
-  const StepParameters* settings;  // null: the law as it is
+  BaseKind base;
+  MarginLaw law;  // before its warm-up
+  EuclideanMargin euclidean;
+  const StepParameters* settings;  // null: the laws as they are
 };
 
 // `dot` is x_hat . w_hat, or x . w for softmax.
 __device__ inline RowTarget target_of_row(const PrepareArguments& a, double dot, float norm,
                                           const float* bias, int label) {
-  RowTarget target{0.0, norm, 1.0F, static_cast<float>(dot), 0.0F, 1.0F};
-  if (!a.cosines) {
+  RowTarget target{0.0, norm, 1.0F, static_cast<float>(dot), 0.0F, 1.0F, 0.0F};
+  if (a.base == BaseKind::euclidean_margin) {
+    const EuclideanMargin law =
+        a.settings == nullptr ? a.euclidean : warmed_up(a.euclidean, a.settings->margin_factor);
+    target.scale = static_cast<float>(kEuclideanScale);
+    target.margin = target.cosine;
+    target.logit = kEuclideanScale * dot;
+    target.threshold = static_cast<float>(target.logit - law.margin);
+    return target;
+  }
+  if (!normalises(a.base)) {
     target.logit = dot + bias[label];
     target.margin = target.cosine = static_cast<float>(target.logit);
     return target;
@@ -137,7 +151,7 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int k = static_cast<int>(threadIdx.x); k < a.dim; k += kRowThreads)
     squares += static_cast<double>(x[k]) * x[k];
   const float norm = norm_of(block_sum<NormTag>(squares));
-  const float inverse = a.cosines ? 1.0F / norm : 1.0F;
+  const float inverse = normalises(a.base) ? 1.0F / norm : 1.0F;
   const int label = a.labels[row];
   const T* w = class_weights + int64_t{label} * a.dim;
   double dot = 0;
@@ -285,6 +299,34 @@ __device__ SoftmaxSum<float> softmax_of_row(const float* z, int width, int64_t t
   return sum;
 }
 
+// The hinges of the logits logit(j, z[j]) of a row above `threshold`, `target` left out; a block's
+// thread 0 gets them, merged in a fixed order.
+template <int threads, typename Logit>
+__device__ HingeSum<float> hinges_of_row(const float* z, int width, int64_t target, float threshold,
+                                         Logit logit) {
+  struct HingeTag {};
+  constexpr int kCount = 4;
+  HingeSum<float> sums;
+  for (int j = static_cast<int>(threadIdx.x) * kCount; j < width; j += threads * kCount) {
+    const Pack<float, kCount> pack = load<kCount>(z + j);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e)
+      if (j + e < width && j + e != target) add_hinge(sums, logit(pack.at[e]), threshold);
+  }
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    HingeSum<float> other;
+    other.sum = __shfl_xor_sync(kFullMask, sums.sum, offset);
+    other.max = __shfl_xor_sync(kFullMask, sums.max, offset);
+    other.active = __shfl_xor_sync(kFullMask, sums.active, offset);
+    sums = merge(sums, other);
+  }
+  auto* of_warps = shared_array<HingeTag, HingeSum<float>, threads / kWarpSize>();
+  if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = sums;
+  __syncthreads();
+  for (int w = 1; w < threads / kWarpSize; ++w) sums = merge(sums, of_warps[w]);
+  return sums;
+}
+
 // One block a row: joins the softmax sum of the chunk's logits to that of the chunks before.
 template <int threads>
 __global__ void __launch_bounds__(threads)
@@ -298,6 +340,19 @@ __global__ void __launch_bounds__(threads)
       [&](int j, float cosine) {
         return scale * cosine + (bias != nullptr ? bias[chunk.first_class + j] : 0.0F);
       });
+  if (threadIdx.x == 0) sums[row] = chunk.index == 0 ? sum : merge(sums[row], sum);
+}
+
+// One block a row: joins the hinges of the chunk's classes to those of the chunks before.
+template <int threads>
+__global__ void __launch_bounds__(threads)
+    hinge_chunk(const float* __restrict__ cosines, Chunk chunk, const int* __restrict__ labels,
+                const RowTarget* __restrict__ targets, HingeSum<float>* __restrict__ sums) {
+  const int row = static_cast<int>(blockIdx.x);
+  const float scale = targets[row].scale;
+  const HingeSum<float> sum = hinges_of_row<threads>(
+      cosines + int64_t{row} * chunk.padded, chunk.width, labels[row] - chunk.first_class,
+      targets[row].threshold, [&](float cosine) { return scale * cosine; });
   if (threadIdx.x == 0) sums[row] = chunk.index == 0 ? sum : merge(sums[row], sum);
 }
 
@@ -344,9 +399,10 @@ inline constexpr int kMostFinishThreads = 1024;
 
 struct FinishArguments {
   int rows;
-  bool cosines;
-  Weighting weighting;
+  LossSpec loss;
   const SoftmaxSum<float>* sums;     // [rows]
+  const HingeSum<float>* hinges;     // [rows], of the Euclidean margin in place of `sums`
+  const double* center_distances;    // [rows], null: no center loss
   const RowTarget* targets;          // [rows]
   const SimilarityPart* similarity;  // [similarity_parts]
   int similarity_parts;
@@ -357,6 +413,30 @@ struct FinishArguments {
   int* non_finite;         // rows without a finite loss
   StepRing ring;
 };
+
+// What a row's sums over all classes but its own come to.
+struct RowLoss {
+  float loss;
+  RowGradient gradient;  // `factor` holds the unit of p
+  bool correct;          // before the margin no other logit is as large as the target's
+};
+
+__device__ inline RowLoss loss_of_row(const RowTarget& target, SoftmaxSum<float> others) {
+  const bool correct = target.scale * target.cosine > others.max;
+  // Relative to the target's logit, whose rounding at a scale of 64 would cost the loss digits.
+  if (others.sum != 0.0F) others.max = static_cast<float>(others.max - target.logit);
+  const TargetLoss<float> loss = target_loss(0.0F, others);
+  // log sum = z_y + L
+  return {
+      loss.loss, {static_cast<float>(target.logit + loss.loss), 1.0F, loss.derivative}, correct};
+}
+
+__device__ inline RowLoss loss_of_row(const RowTarget& target, const HingeSum<float>& others,
+                                      const EuclideanMargin& law) {
+  const auto logit = static_cast<float>(target.logit);
+  const EuclideanLoss<float> loss = euclidean_loss(logit, others, law);
+  return {loss.loss, {0.0F, loss.unit, loss.target}, logit > others.max};
+}
 
 // One block of whole warps for all rows: takes the loss and its weighting, and sums the figures of
 // the step in a fixed order.
@@ -370,33 +450,39 @@ static __global__ void __launch_bounds__(kMostFinishThreads) finish_rows(FinishA
   double sums[kSums] = {};
   for (int row = thread; row < a.rows; row += threads) {
     const RowTarget target = a.targets[row];
-    SoftmaxSum<float> others = a.sums[row];
-    // Right before the margin: no other logit is as large as the plain target's.
-    sums[kCorrect] += target.scale * target.cosine > others.max ? 1 : 0;
-    // Relative to the target's logit, whose rounding at a scale of 64 would cost the loss digits.
-    if (others.sum != 0.0F) others.max = static_cast<float>(others.max - target.logit);
-    const TargetLoss<float> loss = target_loss(0.0F, others);
-    a.base_loss[row] = loss.loss;
-    // log sum = z_y + L
-    a.gradients[row] = {static_cast<float>(target.logit + loss.loss), 0.0F, loss.derivative};
-    base_sum += loss.loss;
+    const RowLoss found = a.loss.base == BaseKind::euclidean_margin
+                              ? loss_of_row(target, a.hinges[row], a.loss.euclidean)
+                              : loss_of_row(target, a.sums[row]);
+    a.base_loss[row] = found.loss;
+    a.gradients[row] = found.gradient;
+    base_sum += found.loss;
     sums[kNorm] += target.norm;
-    sums[kNonFinite] += isfinite(loss.loss) ? 0 : 1;
+    sums[kCorrect] += found.correct ? 1 : 0;
+    bool finite = isfinite(found.loss);
+    if (a.center_distances != nullptr) {
+      finite = finite && isfinite(a.center_distances[row]);
+      sums[kLoss] += a.loss.center.weight / 2 * a.center_distances[row];
+    }
+    sums[kNonFinite] += finite ? 0 : 1;
   }
   const double mean = block_sum<MeanTag>(base_sum) / a.rows;
-  const bool batch = a.weighting.reduction == Reduction::batch;
-  const float batch_ratio = weighting_ratio(static_cast<float>(mean), a.weighting);
-  const float batch_factor = weight_loss(static_cast<float>(mean), a.weighting).gradient_weight;
+  const Weighting& weighting = a.loss.weighting;
+  const bool batch = weighting.reduction == Reduction::batch;
+  const float batch_ratio = weighting_ratio(static_cast<float>(mean), weighting);
+  const float batch_factor = weight_loss(static_cast<float>(mean), weighting).gradient_weight;
   float largest = 0;  // coefficient times the largest coordinate it may meet
   for (int row = thread; row < a.rows; row += threads) {
     const float loss = a.base_loss[row];
     const WeightedLoss<float> weighted = batch
                                              ? WeightedLoss<float>{loss * batch_ratio, batch_factor}
-                                             : weight_loss(loss, a.weighting);
+                                             : weight_loss(loss, weighting);
     a.weighted_loss[row] = weighted.weighted;
     const float factor = weighted.gradient_weight / static_cast<float>(a.rows);
-    a.gradients[row].factor = factor;
-    largest = fmaxf(largest, factor * (a.cosines ? a.targets[row].scale : a.targets[row].norm));
+    RowGradient& gradient = a.gradients[row];
+    gradient.factor *= factor;  // it held the unit
+    const RowTarget& target = a.targets[row];
+    largest = fmaxf(largest, gradient.factor * fmaxf(1.0F, -gradient.target) *
+                                 (normalises(a.loss.base) ? target.scale : target.norm));
     sums[kLoss] += weighted.weighted;
     const Gate gate = gate_of(weighted.gradient_weight);
     sums[kSilenced] += gate == Gate::silenced ? 1 : 0;
@@ -447,20 +533,16 @@ __global__ void __launch_bounds__(kRowThreads)
 }
 
 // One thread for the neighbours of a row that fill a 16-byte store (blockIdx.x is the row): dZ = p
-// 2^15, 0 at the target and in the padding.
-template <typename T>
-__global__ void gradient_chunk(const float* __restrict__ cosines, Chunk chunk,
-                               const int* __restrict__ labels,
-                               const RowTarget* __restrict__ targets,
-                               const RowGradient* __restrict__ gradients,
-                               const float* __restrict__ bias, T* __restrict__ probabilities) {
+// 2^15 with p(j, cos_ij), 0 at the target and in the padding.
+template <typename T, typename Probability>
+__device__ void fill_chunk(const float* cosines, const Chunk& chunk, const int* labels,
+                           T* probabilities, Probability probability) {
   constexpr int kCount = kVectorWidth<T>;
   const int first = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kCount;
   const int row = static_cast<int>(blockIdx.x);
   if (first >= chunk.padded) return;
   const int64_t start = int64_t{row} * chunk.padded + first;
   const int64_t target = labels[row] - chunk.first_class;
-  const float scale = targets[row].scale, log_sum = gradients[row].log_sum;
   Pack<T, kCount> p;
 #pragma unroll
   for (int i = 0; i < kCount; i += 4) {
@@ -469,14 +551,36 @@ __global__ void gradient_chunk(const float* __restrict__ cosines, Chunk chunk,
     for (int e = 0; e < 4; ++e) {
       const int j = first + i + e;
       float value = 0;
-      if (j < chunk.width && j != target) {
-        const float z = scale * pack.at[e] + (bias != nullptr ? bias[chunk.first_class + j] : 0.0F);
-        value = __expf(z - log_sum) * kProbabilityScale;
-      }
+      if (j < chunk.width && j != target) value = probability(j, pack.at[e]) * kProbabilityScale;
       p.at[i + e] = from_float<T>(value);
     }
   }
   store(probabilities + start, p);
+}
+
+template <typename T>
+__global__ void gradient_chunk(const float* __restrict__ cosines, Chunk chunk,
+                               const int* __restrict__ labels,
+                               const RowTarget* __restrict__ targets,
+                               const RowGradient* __restrict__ gradients,
+                               const float* __restrict__ bias, T* __restrict__ probabilities) {
+  const int row = static_cast<int>(blockIdx.x);
+  const float scale = targets[row].scale, log_sum = gradients[row].log_sum;
+  fill_chunk(cosines, chunk, labels, probabilities, [&](int j, float cosine) {
+    const float z = scale * cosine + (bias != nullptr ? bias[chunk.first_class + j] : 0.0F);
+    return __expf(z - log_sum);
+  });
+}
+
+template <typename T>
+__global__ void hinge_gradient_chunk(const float* __restrict__ cosines, Chunk chunk,
+                                     const int* __restrict__ labels,
+                                     const RowTarget* __restrict__ targets,
+                                     T* __restrict__ probabilities) {
+  const int row = static_cast<int>(blockIdx.x);
+  const float scale = targets[row].scale, threshold = targets[row].threshold;
+  fill_chunk(cosines, chunk, labels, probabilities,
+             [&](int, float cosine) { return scale * cosine - threshold > 0.0F ? 1.0F : 0.0F; });
 }
 
 struct SgdArguments {
@@ -650,11 +754,12 @@ __global__ void __launch_bounds__(kBiasWarps* kWarpSize)
 // w_hat_j. Backward through x / ||x||, and for A-Softmax, whose scale is ||x||, along x itself:
 // dL/ds = sum_j (p_ij - [j = y]) (cos_ij or psi). Of that, sum over j != y of p_ij cos_ij is the
 // same dot product with x_hat less the target's share; x_hat is the rounded one, so that the two
-// agree.
+// agree. With `add` it is added to what `output` holds.
 template <typename T>
 __global__ void __launch_bounds__(kRowThreads)
     finish_embeddings(const float* __restrict__ products, const T* __restrict__ normalised, int dim,
-                      bool cosines, bool norm_scale, const RowTarget* __restrict__ targets,
+                      bool cosines, bool norm_scale, bool add,
+                      const RowTarget* __restrict__ targets,
                       const RowGradient* __restrict__ gradients, float* __restrict__ output) {
   struct AlongTag {};
   const int row = static_cast<int>(blockIdx.x);
@@ -672,8 +777,10 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int k = static_cast<int>(threadIdx.x); k < dim; k += kRowThreads) {
     const float g = products[start + k] * (1.0F / kProbabilityScale);
     const float x_hat = to_float(normalised[start + k]);
+    const float before = add ? output[start + k] : 0.0F;
     output[start + k] =
-        cosines ? factor * (g - along * x_hat) / target.norm + radial * x_hat : factor * g;
+        before +
+        (cosines ? factor * (g - along * x_hat) / target.norm + radial * x_hat : factor * g);
   }
 }
 

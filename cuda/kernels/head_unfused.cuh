@@ -12,6 +12,9 @@
 //             normalise_backward of both;  add_radial (A-Softmax);
 //             update_parameters
 //   softmax   leaves out normalisation, margin and scale: add_bias, column_sums
+//   Euclidean margin   leaves out the margin; hinge_rows in place of softmax_rows, hinge_backward
+//   of
+//             log_softmax and softmax_backward
 //
 // Before it is rounded to 16 bits the gradient is scaled, as by a loss scale, with finish_rows'
 // power of two.
@@ -109,6 +112,18 @@ __global__ void __launch_bounds__(threads)
   if (threadIdx.x == 0) sums[row] = sum;
 }
 
+// One block a row: the hinges of its logits, the target left out.
+template <int threads>
+__global__ void __launch_bounds__(threads)
+    hinge_rows(LogitMatrix m, const RowTarget* __restrict__ targets,
+               const float* __restrict__ logits, HingeSum<float>* __restrict__ sums) {
+  const int row = static_cast<int>(blockIdx.x);
+  const HingeSum<float> sum =
+      hinges_of_row<threads>(logits + int64_t{row} * m.padded, m.classes, m.labels[row],
+                             targets[row].threshold, [](float logit) { return logit; });
+  if (threadIdx.x == 0) sums[row] = sum;
+}
+
 static __global__ void __launch_bounds__(kCellThreads)
     log_softmax(LogitMatrix m, const RowGradient* __restrict__ gradients,
                 const float* __restrict__ losses, const float* __restrict__ logits,
@@ -128,6 +143,19 @@ static __global__ void __launch_bounds__(kCellThreads)
   const RowGradient gradient = gradients[blockIdx.x];
   each_cell(m, log_probabilities, grad_logits, [&](int j, float log_p) {
     return gradient.factor * (j == label ? gradient.target : __expf(log_p));
+  });
+}
+
+static __global__ void __launch_bounds__(kCellThreads)
+    hinge_backward(LogitMatrix m, const RowTarget* __restrict__ targets,
+                   const RowGradient* __restrict__ gradients, const float* __restrict__ logits,
+                   float* __restrict__ grad_logits) {
+  const int label = m.labels[blockIdx.x];
+  const RowGradient gradient = gradients[blockIdx.x];
+  const float threshold = targets[blockIdx.x].threshold;
+  each_cell(m, logits, grad_logits, [&](int j, float logit) {
+    const float active = logit - threshold > 0.0F ? 1.0F : 0.0F;
+    return gradient.factor * (j == label ? gradient.target : active);
   });
 }
 
@@ -160,10 +188,11 @@ static __global__ void __launch_bounds__(kCellThreads)
 }
 
 // One warp a row of [rows, dim]: backward through v_hat = v / ||v||, in place or not; without
-// `cosines` the gradient as it is. `row_scale` is null where the gradient was not scaled.
+// `cosines` the gradient as it is. `row_scale` is null where the gradient was not scaled. With
+// `add` it is added to what `output`, then another array than `gradient`, holds.
 static __global__ void __launch_bounds__(kRowThreads)
     normalise_backward(const float* gradient, const float* __restrict__ row_scale, int64_t rows,
-                       int dim, bool cosines, const float* __restrict__ values,
+                       int dim, bool cosines, bool add, const float* __restrict__ values,
                        const float* __restrict__ norms, float* output) {
   const int lane = static_cast<int>(threadIdx.x % kWarpSize);
   const int64_t row = int64_t{blockIdx.x} * (kRowThreads / kWarpSize) + threadIdx.x / kWarpSize;
@@ -179,7 +208,7 @@ static __global__ void __launch_bounds__(kRowThreads)
   }
   for (int k = lane; k < dim; k += kWarpSize) {
     const float across = gradient[start + k] * unscale - along * (values[start + k] * inverse);
-    output[start + k] = across * inverse;
+    output[start + k] = (add ? output[start + k] : 0.0F) + across * inverse;
   }
 }
 

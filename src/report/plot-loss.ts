@@ -33,7 +33,13 @@ export function plotLoss(weightLosses: WeightLosses, parameters = PAPER): string
   const likelihoods = Float64Array.from({ length: STEPS - 1 }, (_, i) => (i + 1) / STEPS);
   const losses = likelihoods.map((p) => -Math.log(p));
   const hardMining = (form: NativeWeighting['form']) =>
-    weightLosses(losses, { kind: 'hard-mining', ...parameters, form, reduction: 'sample' });
+    weightLosses(losses, {
+      kind: 'hard-mining',
+      ...parameters,
+      gamma: 0,
+      form,
+      reduction: 'sample',
+    });
   const equation = hardMining('equation');
   const algorithm = hardMining('algorithm');
 

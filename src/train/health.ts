@@ -41,19 +41,21 @@ const START_STEPS = 300;
 /**
  * Checks the mean base loss of the first step against `expected` (see expectedFirstLoss). The
  * expectation is the limit of many classes and dimensions: the log-sum over few of them falls short of
- * it by some percent, and the mean over a batch scatters by about scale / sqrt(dim batch).
+ * it by some percent, and the mean over a batch scatters by about `scale` / sqrt(dim batch), where
+ * `scale` is what a cosine is multiplied by (see cosineWeight).
  */
 export function checkFirstLoss(
   found: number,
   expected: number,
   scale: number,
-  { loss, embedding, batch }: Config,
+  config: Config,
 ): HealthWarning | null {
+  const { loss, embedding, batch } = config;
   const tolerance = 0.1 * expected + (4 * scale) / Math.sqrt(embedding * batch);
   if (Math.abs(found - expected) <= tolerance) return null;
   return {
     kind: 'first-loss',
-    message: `the first loss is ${found.toFixed(2)} where about ${expected.toFixed(2)} is expected of ${loss} at its start: check scale, margin and the labels of the data`,
+    message: `the first loss is ${found.toFixed(2)} where about ${expected.toFixed(2)} is expected of ${loss} at its start: check ${config.scale === undefined ? '' : 'scale, '}margin and the labels of the data`,
   };
 }
 
@@ -108,9 +110,14 @@ export class Health {
       });
     }
     if (mean.silenced > 0.95 && mean.accuracy < 0.5) {
+      const { kind } = this.config.weighting;
+      const remedy =
+        kind === 'knot-magnify'
+          ? 'lower gamma'
+          : 'lower B or A, or raise beta, so that the gate opens at a smaller loss';
       warnings.push({
         kind: 'silenced',
-        message: `hard mining silences ${(100 * mean.silenced).toFixed(1)}% of the samples though training accuracy is only ${mean.accuracy.toFixed(3)}: lower B or A, or raise beta, so that the gate opens at a smaller loss, or set weighting none`,
+        message: `the weighting ${kind} silences ${(100 * mean.silenced).toFixed(1)}% of the samples though training accuracy is only ${mean.accuracy.toFixed(3)}: ${remedy}, or set weighting none`,
       });
     }
     return warnings.filter(({ kind }) => {

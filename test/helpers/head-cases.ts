@@ -2,6 +2,7 @@
 import { RandomStream } from '../../src/data/random.js';
 import type { BaseLoss, LossSettings, Weighting } from '../../src/loss.js';
 import {
+  euclideanRow,
   type ReferenceInput,
   type ReferenceLaw,
   type ReferenceWeighting,
@@ -36,6 +37,7 @@ export function lawOf({
     lambda: 0,
     beyondPi,
     gradient,
+    hinge: { margin: 0, pull: 0 },
   };
   switch (base.kind) {
     case 'softmax':
@@ -55,12 +57,22 @@ export function lawOf({
         m2: base.m2 ?? 0,
         m3: base.m3 ?? 0,
       };
+    case 'euclidean-margin':
+      return {
+        ...law,
+        base: 'euclidean-margin',
+        hinge: { margin: base.margin ?? 0.4, pull: base.pull ?? 0.5 },
+      };
   }
 }
+
+/** No hinge of a test is nearer to 0: ten times what fp32 makes of a cosine of 512 products, doubled. */
+const HINGE_CLEARANCE = 2e-5;
 
 /** With the paper's constants where the settings have none. */
 export function weightingOf(weighting: Weighting): ReferenceWeighting | null {
   if (weighting.kind === 'none') return null;
+  if (weighting.kind === 'knot-magnify') return weighting;
   const paper = { alpha: 1.5, beta: 1.1, A: 35, B: 0.75 } as const;
   return { ...paper, form: 'equation', reduction: 'sample', ...weighting };
 }
@@ -72,7 +84,9 @@ export function describeBase(base: BaseLoss): string {
 
 /**
  * Random class weights and labels, and embeddings on the way from a random direction to their class
- * so that the base loss of row i is `losses(i)`; null leaves the row random.
+ * so that the base loss of row i is `losses(i)`; null leaves the row random. The Euclidean margin loss
+ * jumps where a hinge becomes active: a row comes as near to its loss as the jumps let it, and keeps
+ * clear of them.
  */
 export function caseWithLosses(
   { rows, dim, classes }: Shape,
@@ -110,16 +124,25 @@ export function caseWithLosses(
     );
     const between = dot(away, towards);
     let sign = 1;
-    const lossAt = (t: number) => {
+    const productsAt = (t: number) => {
       const stretch = 1 / Math.sqrt((1 - t) ** 2 + t ** 2 + 2 * t * (1 - t) * sign * between);
-      const products = ends[0]!.map((start, j) => {
+      return ends[0]!.map((start, j) => {
         const product = stretch * ((1 - t) * sign * start + t * ends[1]![j]!);
         return law.base === 'softmax'
           ? length * product + bias![j]!
           : Math.max(-1, Math.min(1, product));
       });
-      return rowLoss(products, y, law.scale === 'norm' ? length : law.scale, law).loss;
     };
+    const hingesAt = (t: number) =>
+      euclideanRow(
+        productsAt(t).map((cosine) => 2 - 2 * cosine),
+        y,
+        law.hinge,
+      );
+    const lossAt = (t: number) =>
+      law.base === 'euclidean-margin'
+        ? hingesAt(t).loss
+        : rowLoss(productsAt(t), y, law.scale === 'norm' ? length : law.scale, law).loss;
     let t = 0;
     if (wanted !== null) {
       if (lossAt(0) < wanted) sign = -1;
@@ -131,6 +154,11 @@ export function caseWithLosses(
         else high = middle;
       }
       t = (low + high) / 2;
+    }
+    if (law.base === 'euclidean-margin') {
+      const touches = () =>
+        hingesAt(t).hinges.some((hinge, j) => j !== y && Math.abs(hinge) < HINGE_CLEARANCE);
+      while (touches()) t += 2 * HINGE_CLEARANCE;
     }
     const mixed = away.map((value, d) => (1 - t) * sign * value + t * towards[d]!);
     scaleTo(mixed, length);

@@ -4,7 +4,7 @@
  */
 
 export interface ReferenceLaw {
-  base: 'softmax' | 'margin';
+  base: 'softmax' | 'margin' | 'euclidean-margin';
   m1: number;
   m2: number;
   m3: number;
@@ -13,9 +13,14 @@ export interface ReferenceLaw {
   lambda: number;
   beyondPi: 'mirror' | 'none';
   gradient: 'exact' | 'detached';
+  /** Euclidean margin. */
+  hinge: { margin: number; pull: number };
 }
 
-export interface ReferenceWeighting {
+export type ReferenceWeighting = HardMining | { kind: 'knot-magnify'; gamma: number };
+
+export interface HardMining {
+  kind: 'hard-mining';
   alpha: number;
   beta: number;
   A: number;
@@ -76,7 +81,7 @@ function psiSlope(cosine: number, law: ReferenceLaw): number {
 /** HM(L) and dHM/dL of the paper. */
 export function hardMining(
   loss: number,
-  { alpha, beta, A, B, form }: ReferenceWeighting,
+  { alpha, beta, A, B, form }: HardMining,
 ): { value: number; slope: number } {
   const factor = form === 'equation' ? alpha : alpha * beta;
   const gate = 1 / (1 + Math.exp(-A * (beta * loss - B)));
@@ -84,6 +89,32 @@ export function hardMining(
     value: factor * loss * gate,
     slope: factor * (gate + beta * A * loss * gate * (1 - gate)),
   };
+}
+
+/** KM(L) = L / (gamma e^-L + 1)^2 and its derivative, by the quotient rule. */
+export function knotMagnify(loss: number, gamma: number): { value: number; slope: number } {
+  const p = Math.exp(-loss);
+  const denominator = (gamma * p + 1) ** 2;
+  const dDenominator = -2 * gamma * p * (gamma * p + 1);
+  return {
+    value: loss / denominator,
+    slope: (denominator - loss * dDenominator) / denominator ** 2,
+  };
+}
+
+/** The Euclidean margin loss of one row from its squared distances to all classes, and its slopes by them. */
+export function euclideanRow(
+  distances: Float64Array,
+  y: number,
+  { margin, pull }: ReferenceLaw['hinge'],
+): { loss: number; slopes: Float64Array; hinges: Float64Array } {
+  const own = distances[y]!;
+  const hinges = distances.map((distance, j) => (j === y ? 0 : margin + own - distance));
+  const active = hinges.filter((hinge) => hinge > 0);
+  const count = Math.max(1, active.length);
+  const slopes = hinges.map((hinge) => (hinge > 0 ? -1 / count : 0));
+  slopes[y] = (active.length > 0 ? 1 : 0) + pull;
+  return { loss: active.reduce((a, b) => a + b, 0) / count + pull * own, slopes, hinges };
 }
 
 /**
@@ -125,6 +156,9 @@ export function referenceRows(
   law: ReferenceLaw,
   detachedShift?: ArrayLike<number>,
 ): ReferenceRows {
+  if (law.base === 'euclidean-margin') {
+    return euclideanRows({ rows, dim, classes, embeddings, weights, bias, labels }, law);
+  }
   const softmax = law.base === 'softmax';
   const x = rowsOf(embeddings, rows, dim);
   const w = rowsOf(weights, classes, dim);
@@ -201,6 +235,63 @@ export function referenceRows(
   return { baseLoss, rowGradients, targetCosine, classGradients };
 }
 
+/** By way of the distances: d |x^ - w^|^2 / dx^ = 2 (x^ - w^), and dx^ / dx = (1 - x^ x^T) / |x|. */
+function euclideanRows(
+  { rows, dim, classes, embeddings, weights, labels }: ReferenceInput,
+  law: ReferenceLaw,
+): ReferenceRows {
+  const unit = (values: Float64Array[]) => {
+    const norms = values.map((row) => Math.hypot(...row));
+    return { norms, hats: values.map((row, i) => row.map((value) => value / norms[i]!)) };
+  };
+  const x = unit(rowsOf(embeddings, rows, dim));
+  const w = unit(rowsOf(weights, classes, dim));
+  const baseLoss = new Float64Array(rows);
+  const targetCosine = new Float64Array(rows);
+  const rowGradients = new Float64Array(rows * dim);
+  const allSlopes: Float64Array[] = [];
+  /** Adds slope d |hat - other|^2 / d value to `into`, for hat = value / norm. */
+  const addGradient = (
+    into: Float64Array,
+    slope: number,
+    hat: Float64Array,
+    other: Float64Array,
+    norm: number,
+  ) => {
+    if (slope === 0) return;
+    const along = hat.reduce((sum, value, d) => sum + value * (value - other[d]!), 0);
+    for (let d = 0; d < dim; d++) {
+      into[d]! += ((2 * slope) / norm) * (hat[d]! - other[d]! - along * hat[d]!);
+    }
+  };
+  for (let i = 0; i < rows; i++) {
+    const hat = x.hats[i]!;
+    const distances = Float64Array.from(w.hats, (other) =>
+      hat.reduce((sum, value, d) => sum + (value - other[d]!) ** 2, 0),
+    );
+    const { loss, slopes } = euclideanRow(distances, labels[i]!, law.hinge);
+    baseLoss[i] = loss;
+    targetCosine[i] = 1 - distances[labels[i]!]! / 2;
+    allSlopes.push(slopes);
+    const gradient = rowGradients.subarray(i * dim, (i + 1) * dim);
+    for (let j = 0; j < classes; j++) {
+      addGradient(gradient, slopes[j]!, hat, w.hats[j]!, x.norms[i]!);
+    }
+  }
+  const classGradients = (factors: ArrayLike<number>) => {
+    const gradWeights = new Float64Array(classes * dim);
+    for (let j = 0; j < classes; j++) {
+      const gradient = gradWeights.subarray(j * dim, (j + 1) * dim);
+      for (let i = 0; i < rows; i++) {
+        const slope = factors[i]! * allSlopes[i]![j]!;
+        addGradient(gradient, slope, w.hats[j]!, x.hats[i]!, w.norms[j]!);
+      }
+    }
+    return { weights: gradWeights, bias: new Float64Array(classes) };
+  };
+  return { baseLoss, rowGradients, targetCosine, classGradients };
+}
+
 /** Weighted losses, the loss that the gradients are of (their mean), and the gradients. */
 export function weighted(
   { baseLoss, rowGradients, classGradients }: ReferenceRows,
@@ -227,10 +318,15 @@ export function weightedLosses(
   weighting: ReferenceWeighting | null,
 ): { values: Float64Array; slopes: Float64Array } {
   if (weighting === null) return { values: losses, slopes: losses.map(() => 1) };
-  if (weighting.reduction === 'sample') {
+  if (weighting.kind === 'knot-magnify' || weighting.reduction === 'sample') {
+    const rows = Array.from(losses, (loss) =>
+      weighting.kind === 'knot-magnify'
+        ? knotMagnify(loss, weighting.gamma)
+        : hardMining(loss, weighting),
+    );
     return {
-      values: losses.map((loss) => hardMining(loss, weighting).value),
-      slopes: losses.map((loss) => hardMining(loss, weighting).slope),
+      values: Float64Array.from(rows, ({ value }) => value),
+      slopes: Float64Array.from(rows, ({ slope }) => slope),
     };
   }
   const mean = losses.reduce((a, b) => a + b) / losses.length;

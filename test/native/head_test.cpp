@@ -63,18 +63,31 @@ double reference_gate(double loss, const Weighting& w) {
 }
 double reference_weighted(double loss, const Weighting& w) {
   if (w.kind == WeightingKind::none) return loss;
+  if (w.kind == WeightingKind::knot_magnify)
+    return loss / std::pow(w.gamma * std::exp(-loss) + 1, 2);
   const double x = w.form == HardMiningForm::equation ? loss : w.beta * loss;
   return w.alpha * x * reference_gate(loss, w);
 }
 double reference_factor(double loss, const Weighting& w) {
   if (w.kind == WeightingKind::none) return 1;
+  if (w.kind == WeightingKind::knot_magnify) {
+    const double p = std::exp(-loss);
+    return std::pow(w.gamma * p + 1, -2) + 2 * w.gamma * p * loss * std::pow(w.gamma * p + 1, -3);
+  }
   const double g = reference_gate(loss, w);
   const double c = w.form == HardMiningForm::equation ? w.alpha : w.alpha * w.beta;
   return c * (g + w.beta * w.A * loss * g * (1 - g));
 }
 
+// margin + d_y - d_j of a class, from its cosine and the target's.
+double reference_hinge(double target, double cosine, const EuclideanMargin& law) {
+  const double own = 2 - 2 * target, other = 2 - 2 * cosine;
+  return law.margin + own - other;
+}
+
 Reference reference(const LossSpec& spec, const Problem& p) {
   Reference r;
+  const bool euclidean = spec.base == BaseKind::euclidean_margin;
   const bool softmax = spec.base == BaseKind::softmax;
   const MarginLaw& law = spec.margin;
   const int64_t n = p.rows, d = p.dim, c = p.classes;
@@ -100,12 +113,27 @@ Reference reference(const LossSpec& spec, const Problem& p) {
   std::vector<Psi> psi(n);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t y = p.labels[i];
-    const double s = softmax ? 1 : law.norm_scale ? x_norm[i] : law.scale;
+    const double s = softmax || euclidean ? 1 : law.norm_scale ? x_norm[i] : law.scale;
     std::vector<double> z(c);
     for (int64_t j = 0; j < c; ++j) {
       z[j] = softmax ? dots[i * c + j] + double{p.bias[j]}
                      : s * dots[i * c + j] / (x_norm[i] * w_norm[j]);
       r.plain[i * c + j] = z[j];
+    }
+    if (euclidean) {  // dz is by the cosine then
+      int active = 0;
+      for (int64_t j = 0; j < c; ++j) {
+        const double hinge = reference_hinge(z[y], z[j], spec.euclidean);
+        if (j == y || hinge <= 0) continue;
+        r.base[i] += hinge;
+        ++active;
+      }
+      r.base[i] = r.base[i] / std::max(1, active) + spec.euclidean.pull * (2 - 2 * z[y]);
+      dz[i * c + y] = -2 * spec.euclidean.pull - (active > 0 ? 2 : 0);
+      for (int64_t j = 0; j < c; ++j) {
+        if (j != y && reference_hinge(z[y], z[j], spec.euclidean) > 0) dz[i * c + j] = 2.0 / active;
+      }
+      continue;
     }
     if (!softmax) {
       psi[i] = reference_psi(dots[i * c + y] / (x_norm[i] * w_norm[y]), law);
@@ -140,7 +168,7 @@ Reference reference(const LossSpec& spec, const Problem& p) {
   for (const double l : r.weighted) r.loss += l / static_cast<double>(n);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t y = p.labels[i];
-    const double s = softmax ? 1 : law.norm_scale ? x_norm[i] : law.scale;
+    const double s = softmax || euclidean ? 1 : law.norm_scale ? x_norm[i] : law.scale;
     for (int64_t j = 0; j < c; ++j) {
       const double g = r.factor[i] / static_cast<double>(n) * dz[i * c + j];
       double* gx = &r.grad_x[i * d];
@@ -155,7 +183,7 @@ Reference reference(const LossSpec& spec, const Problem& p) {
       }
       const double cosine = dots[i * c + j] / (x_norm[i] * w_norm[j]);
       const double t = j == y ? psi[i].value : cosine;
-      const double slope = s * (j == y ? psi[i].slope : 1);
+      const double slope = s * (j == y && !euclidean ? psi[i].slope : 1);
       for (int64_t k = 0; k < d; ++k) {
         const double xk = x[i * d + k], wk = w[j * d + k];
         gx[k] += g * slope * (wk / (x_norm[i] * w_norm[j]) - cosine * xk / (x_norm[i] * x_norm[i]));
@@ -172,6 +200,7 @@ Reference reference(const LossSpec& spec, const Problem& p) {
 LossSpec loss_of(const std::string& base) {
   LossSpec spec;
   if (base == "softmax") spec.base = BaseKind::softmax;
+  if (base == "euclidean") spec.base = BaseKind::euclidean_margin;
   if (base == "arcface") spec.margin.m2 = 0.5;
   if (base == "cosface") spec.margin.m3 = 0.35;
   if (base == "combined") spec.margin.m1 = 0.9, spec.margin.m2 = 0.4, spec.margin.m3 = 0.15;
@@ -183,8 +212,12 @@ LossSpec loss_of(const std::string& base) {
   return spec;
 }
 
-const std::vector<std::string> kBases = {"softmax",  "arcface",   "cosface",
-                                         "combined", "a-softmax", "a-softmax-annealed"};
+const std::vector<std::string> kBases = {
+    "softmax", "arcface", "cosface", "combined", "a-softmax", "a-softmax-annealed", "euclidean"};
+
+bool is_angular(const LossSpec& spec) {
+  return spec.base == BaseKind::margin;
+}
 
 double mean_length(const LossSpec& spec) {
   if (spec.base == BaseKind::softmax) return 20;
@@ -239,7 +272,24 @@ Problem make_problem(const LossSpec& spec, int64_t rows, int64_t dim, int64_t cl
       for (int64_t k = 0; k < dim; ++k) norms[j] += double{p.w[j * dim + k]} * p.w[j * dim + k];
       norms[j] = std::sqrt(norms[j]);
     }
+    const auto hinge_at = [&](double t, int64_t j) {
+      const double x_norm = std::sqrt((1 - t) * (1 - t) + t * t + 2 * t * (1 - t) * mixed);
+      const auto cosine = [&](int64_t of) {
+        return ((1 - t) * from[of] + t * to[of]) / (x_norm * norms[of]);
+      };
+      return std::pair(reference_hinge(cosine(y), cosine(j), spec.euclidean), 2 - 2 * cosine(y));
+    };
     const auto loss_at = [&](double t) {
+      if (spec.base == BaseKind::euclidean_margin) {
+        double sum = 0;
+        int active = 0;
+        for (int64_t j = 0; j < classes; ++j) {
+          const double hinge = j == y ? 0 : hinge_at(t, j).first;
+          sum += std::max(0.0, hinge);
+          active += hinge > 0 ? 1 : 0;
+        }
+        return sum / std::max(1, active) + spec.euclidean.pull * hinge_at(t, y).second;
+      }
       const double x_norm = std::sqrt((1 - t) * (1 - t) + t * t + 2 * t * (1 - t) * mixed);
       double own = 0, sum = 0;
       const auto logit = [&](int64_t j) {
@@ -260,6 +310,15 @@ Problem make_problem(const LossSpec& spec, int64_t rows, int64_t dim, int64_t cl
       const double middle = (low + high) / 2;
       (loss_at(middle) > target(i) ? low : high) = middle;
     }
+    // The Euclidean margin loss jumps where a hinge is 0, which fp32 may see on its other side:
+    // rows keep clear of it by some fifty roundings of a cosine.
+    constexpr double kClear = 5e-6;
+    const auto touches = [&] {
+      for (int64_t j = 0; j < classes; ++j)
+        if (j != y && std::abs(hinge_at(high, j).first) < kClear) return true;
+      return false;
+    };
+    while (spec.base == BaseKind::euclidean_margin && touches()) high += kClear;
     for (int64_t k = 0; k < dim; ++k) {
       p.x[i * dim + k] = static_cast<float>(length * ((1 - high) * away[k] + high * toward[k]));
     }
@@ -383,6 +442,11 @@ std::string name_of(Implementation implementation) {
 Weighting weighting_of(int kind) {
   Weighting weighting;
   if (kind == 0) return weighting;
+  if (kind == 5) {
+    weighting.kind = WeightingKind::knot_magnify;
+    weighting.gamma = 2;
+    return weighting;
+  }
   weighting.kind = WeightingKind::hard_mining;
   weighting.form = kind % 2 == 1 ? HardMiningForm::equation : HardMiningForm::algorithm;
   weighting.reduction = kind <= 2 ? Reduction::sample : Reduction::batch;
@@ -407,11 +471,11 @@ TEST_CASE("parity with the float64 reference: every base, form, reduction and gr
   };
   for (const Shape& shape : {Shape{1, 3, 2}, Shape{7, 33, 129}}) {
     for (const std::string& base : kBases) {
-      for (int weighting = 0; weighting < 5; ++weighting) {
+      for (int weighting = 0; weighting < 6; ++weighting) {
         for (const bool detached : {false, true}) {
           for (const bool mirror : {true, false}) {
             LossSpec spec = loss_of(base);
-            if (spec.base == BaseKind::softmax && (detached || !mirror)) continue;
+            if (!is_angular(spec) && (detached || !mirror)) continue;
             if (spec.margin.norm_scale && !mirror) continue;  // refused, see below
             spec.margin.detached = detached;
             spec.margin.mirror = mirror;
@@ -437,7 +501,7 @@ TEST_CASE("parity with the float64 reference: every base, form, reduction and gr
 TEST_CASE("parity at (64, 512, 1003)") {
   for (const std::string& base : kBases) {
     LossSpec spec = loss_of(base);
-    spec.weighting = weighting_of(base == "cosface" ? 4 : 1);
+    spec.weighting = weighting_of(base == "cosface" ? 4 : base == "combined" ? 5 : 1);
     const Problem p = make_problem(spec, 64, 512, 1003, gate_target);
     CHECK(2 * rows_in_gate(reference(spec, p)) >= p.rows);
     for (const Implementation implementation : kBoth) {
@@ -450,7 +514,7 @@ TEST_CASE("parity at (64, 512, 1003)") {
 
 TEST_CASE("parity over many tiles of classes, a ragged last one among them") {
   // 512 numbers a class: a few hundred classes fill a tile whatever the cache, so these are many.
-  for (const std::string base : {"softmax", "arcface"}) {
+  for (const std::string base : {"softmax", "arcface", "euclidean"}) {
     LossSpec spec = loss_of(base);
     spec.weighting = weighting_of(1);
     const Problem p = make_problem(spec, 17, 512, 4003, gate_target);
@@ -458,6 +522,130 @@ TEST_CASE("parity over many tiles of classes, a ragged last one among them") {
       CAPTURE(name_of(implementation));
       CAPTURE(base);
       check_parity(spec, p, implementation);
+    }
+  }
+}
+
+TEST_CASE("Knot Magnify around its critical point, and Euclidean margins from none active to all") {
+  // p_c is 0.11 to 0.24 for these gammas: losses of 1.4 to 2.2.
+  const auto around = [](int64_t i) {
+    return i % 4 == 3 ? 0.02 : 1.2 + 1.2 * random_uniform(9, 9, i);
+  };
+  for (const std::string& base : kBases) {
+    for (const double gamma : {0.1, 2.0, 8.0}) {
+      LossSpec spec = loss_of(base);
+      spec.weighting = weighting_of(5);
+      spec.weighting.gamma = gamma;
+      const Problem p = make_problem(spec, 12, 33, 129, around);
+      const Reference r = reference(spec, p);
+      CHECK(2 * std::count_if(r.base.begin(), r.base.end(),
+                              [](double l) { return l > 1.1 && l < 2.5; }) >=
+            p.rows);
+      for (const Implementation implementation : kBoth) {
+        CAPTURE(name_of(implementation));
+        CAPTURE(base);
+        CAPTURE(gamma);
+        check_parity(spec, p, implementation);
+      }
+    }
+  }
+  for (const double margin : {0.0, 0.05, 0.4, 1.2, 4.0}) {
+    for (const double pull : {0.0, 0.5, 3.0}) {
+      for (const int weighting : {0, 1, 5}) {
+        LossSpec spec = loss_of("euclidean");
+        spec.euclidean = {margin, pull};
+        spec.weighting = weighting_of(weighting);
+        const Problem p = make_problem(spec, 7, 33, 129, gate_target);
+        for (const Implementation implementation : kBoth) {
+          CAPTURE(name_of(implementation));
+          CAPTURE(margin);
+          CAPTURE(pull);
+          check_parity(spec, p, implementation);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("one class active, just, and none: the gradient is the hinge's and the pull's alone") {
+  // Class weights along the axes: cosines are coordinates.
+  LossSpec spec = loss_of("euclidean");
+  const float edge = 0.5F - 0.2F;  // of cos_j at cos_y = 0.5 and a margin of 0.4
+  for (const float off : {-1e-4F, 1e-4F}) {
+    Problem p{1, 4, 3, {0.5F, edge + off, -0.3F, 0}, {}, {}, {0}};
+    p.x[3] = std::sqrt(1 - 0.25F - (edge + off) * (edge + off) - 0.09F);
+    for (int64_t k = 0; k < 12; ++k) p.w.push_back(k % 5 == 0 ? 3.0F : 0.0F);
+    const double hinges = off > 0 ? 2 * double{off} : 0;
+    for (const Implementation implementation : kBoth) {
+      CAPTURE(name_of(implementation));
+      check_parity(spec, p, implementation);
+      const Result found = forward_backward(*make_head(spec, p, implementation), p);
+      CHECK(found.loss == doctest::Approx(hinges + 0.5).epsilon(1e-6));
+      // Of the inactive class nothing, to the last bit.
+      for (int64_t k = 0; k < 4; ++k) {
+        CHECK(found.grad_w[8 + k] == 0);
+        if (off < 0) CHECK(found.grad_w[4 + k] == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("the center loss beside every base: loss, gradient and movement") {
+  for (const std::string& base : kBases) {
+    LossSpec spec = loss_of(base);
+    spec.weighting = weighting_of(base == "cosface" ? 5 : 1);
+    spec.center = {0.2, 0.6};
+    Problem p = make_problem(spec, 11, 33, 129, gate_target);
+    for (const bool one_label : {false, true}) {
+      if (one_label) std::fill(p.labels.begin(), p.labels.end(), 7);
+      LossSpec plain = spec;
+      plain.center.weight = 0;
+      for (const Implementation implementation : kBoth) {
+        for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+          CAPTURE(name_of(implementation));
+          CAPTURE(base);
+          const auto head = make_head(spec, p, implementation, precision);
+          const auto without = make_head(plain, p, implementation, precision);
+          std::vector<float> before(p.w.size()), after(p.w.size());
+          StepSettings still;  // of the weights
+          still.lr = 0;
+          still.lambda = static_cast<float>(spec.margin.lambda);
+          for (int step = 0; step < 3; ++step) {
+            head->read_centers(before);
+            if (step == 0) CHECK(before == std::vector<float>(p.w.size()));
+            double loss = 0;
+            std::vector<double> gradient(p.x.size());
+            std::vector<double> centers(before.begin(), before.end());
+            const Result base_found = forward_backward(*without, p);
+            for (int64_t i = 0; i < p.rows; ++i) {
+              const auto n =
+                  static_cast<double>(std::count(p.labels.begin(), p.labels.end(), p.labels[i]));
+              for (int64_t k = 0; k < p.dim; ++k) {
+                const int64_t c = p.labels[i] * p.dim + k, at = i * p.dim + k;
+                const double d = double{p.x[at]} - double{before[c]};
+                loss += 0.2 / (2 * static_cast<double>(p.rows)) * d * d;
+                gradient[at] =
+                    0.2 / static_cast<double>(p.rows) * d + double{base_found.grad_x[at]};
+                centers[c] += 0.6 * d / (1 + n);
+              }
+            }
+            const Result found = forward_backward(*head, p);
+            CHECK(found.loss == doctest::Approx(base_found.loss + loss).epsilon(1e-9));
+            CHECK(found.base == base_found.base);
+            CHECK(found.weighted == base_found.weighted);
+            CHECK(found.grad_w == base_found.grad_w);
+            CHECK(relative_error(found.grad_x, gradient) < 1e-6);
+            head->read_centers(after);
+            CHECK(after == before);
+            std::vector<float> grad_x(p.x.size());
+            const StepStats stats = head->step({p.x, p.labels}, still, grad_x);
+            CHECK(stats.loss == doctest::Approx(found.loss).epsilon(1e-9));
+            CHECK(grad_x == found.grad_x);
+            head->read_centers(after);
+            CHECK(relative_error(after, centers) < 1e-6);
+          }
+        }
+      }
     }
   }
 }
@@ -594,7 +782,7 @@ TEST_CASE("bf16 products stay near fp32") {
 }
 
 TEST_CASE("step is SGD with momentum and decay on the reference gradient") {
-  for (const std::string base : {"softmax", "arcface", "a-softmax"}) {
+  for (const std::string base : {"softmax", "arcface", "a-softmax", "euclidean"}) {
     for (const bool decay_all : {false, true}) {
       LossSpec spec = loss_of(base);
       spec.weighting = weighting_of(1);
@@ -610,6 +798,7 @@ TEST_CASE("step is SGD with momentum and decay on the reference gradient") {
       const double f = double{settings.margin_factor};
       stepped.margin.m1 = 1 + (spec.margin.m1 - 1) * f;
       stepped.margin.m2 = spec.margin.m2 * f;
+      stepped.euclidean.margin = spec.euclidean.margin * f;
       stepped.margin.lambda = 2;
       for (const Implementation implementation : kBoth) {
         CAPTURE(name_of(implementation));
@@ -665,44 +854,54 @@ TEST_CASE("step is SGD with momentum and decay on the reference gradient") {
 }
 
 TEST_CASE("statistics of a step") {
-  LossSpec spec = loss_of("arcface");
-  spec.weighting = weighting_of(1);
-  const Problem p = make_problem(spec, 40, 33, 129, gate_target);
-  const Reference r = reference(spec, p);
-  int64_t correct = 0, silenced = 0, amplified = 0;
-  double cosines = 0, norms = 0;
-  int64_t pairs = 0;
-  const auto dot = [&](int64_t a, int64_t b) {
-    double s = 0;
-    for (int64_t k = 0; k < p.dim; ++k) s += double{p.x[a * p.dim + k]} * p.x[b * p.dim + k];
-    return s;
-  };
-  for (int64_t i = 0; i < p.rows; ++i) {
-    const double* row = &r.plain[i * p.classes];
-    correct += std::max_element(row, row + p.classes) - row == p.labels[i] ? 1 : 0;
-    silenced += r.factor[i] < 0.1 ? 1 : 0;
-    amplified += r.factor[i] > 1 ? 1 : 0;
-    norms += std::sqrt(dot(i, i)) / static_cast<double>(p.rows);
-    for (int64_t other = 0; other < p.rows; ++other) {
-      if (p.labels[i] == p.labels[other]) continue;
-      cosines += dot(i, other) / std::sqrt(dot(i, i) * dot(other, other));
-      ++pairs;
+  for (const std::string base : {"arcface", "euclidean"}) {
+    CAPTURE(base);
+    LossSpec spec = loss_of(base);
+    spec.weighting = weighting_of(base == "arcface" ? 1 : 5);
+    if (base == "euclidean") spec.weighting.gamma = 8;
+    const Problem p = make_problem(spec, 40, 33, 129, [](int64_t i) {
+      return i % 8 == 5 ? 40 : gate_target(i);  // and some are wrong without any margin
+    });
+    const Reference r = reference(spec, p);
+    int64_t correct = 0, silenced = 0, amplified = 0;
+    double cosines = 0, norms = 0;
+    int64_t pairs = 0;
+    const auto dot = [&](int64_t a, int64_t b) {
+      double s = 0;
+      for (int64_t k = 0; k < p.dim; ++k) s += double{p.x[a * p.dim + k]} * p.x[b * p.dim + k];
+      return s;
+    };
+    for (int64_t i = 0; i < p.rows; ++i) {
+      const double* row = &r.plain[i * p.classes];
+      correct += std::max_element(row, row + p.classes) - row == p.labels[i] ? 1 : 0;
+      silenced += r.factor[i] < 0.1 ? 1 : 0;
+      amplified += r.factor[i] > 1 ? 1 : 0;
+      norms += std::sqrt(dot(i, i)) / static_cast<double>(p.rows);
+      for (int64_t other = 0; other < p.rows; ++other) {
+        if (p.labels[i] == p.labels[other]) continue;
+        cosines += dot(i, other) / std::sqrt(dot(i, i) * dot(other, other));
+        ++pairs;
+      }
     }
-  }
-  CHECK(silenced > 0);
-  CHECK(amplified > 0);
-  for (const Implementation implementation : kBoth) {
-    CAPTURE(name_of(implementation));
-    StepSettings settings;
-    settings.lr = 0;
-    const StepStats stats = make_head(spec, p, implementation)->step({p.x, p.labels}, settings, {});
-    CHECK(stats.rows == p.rows);
-    CHECK(stats.correct == correct);
-    CHECK(stats.silenced == silenced);
-    CHECK(stats.amplified == amplified);
-    CHECK(stats.kept == p.rows - silenced - amplified);
-    CHECK(stats.mean_cosine == doctest::Approx(cosines / static_cast<double>(pairs)).epsilon(1e-9));
-    CHECK(stats.embedding_norm == doctest::Approx(norms).epsilon(1e-9));
+    CHECK(silenced > 0);
+    CHECK(amplified > 0);
+    CHECK(correct > 0);
+    CHECK(correct < p.rows);
+    for (const Implementation implementation : kBoth) {
+      CAPTURE(name_of(implementation));
+      StepSettings settings;
+      settings.lr = 0;
+      const StepStats stats =
+          make_head(spec, p, implementation)->step({p.x, p.labels}, settings, {});
+      CHECK(stats.rows == p.rows);
+      CHECK(stats.correct == correct);
+      CHECK(stats.silenced == silenced);
+      CHECK(stats.amplified == amplified);
+      CHECK(stats.kept == p.rows - silenced - amplified);
+      CHECK(stats.mean_cosine ==
+            doctest::Approx(cosines / static_cast<double>(pairs)).epsilon(1e-9));
+      CHECK(stats.embedding_norm == doctest::Approx(norms).epsilon(1e-9));
+    }
   }
 }
 
@@ -712,19 +911,23 @@ TEST_CASE("two runs of one thread count have the same bits") {
       for (const int threads : {1, 2, 3}) {
         CAPTURE(name_of(implementation));
         CAPTURE(threads);
-        LossSpec spec = loss_of("arcface");
-        spec.weighting = weighting_of(1);
-        const Problem p = make_problem(spec, 33, 65, 517, gate_target);
-        const auto trained = [&] {
-          const auto head = make_head(spec, p, implementation, precision, threads);
-          std::vector<float> grad_x(p.x.size()), w(p.w.size());
-          for (int step = 0; step < 3; ++step) head->step({p.x, p.labels}, {}, grad_x);
-          head->read_weights(w, {});
-          w.insert(w.end(), grad_x.begin(), grad_x.end());
-          return w;
-        };
-        const std::vector<float> first = trained(), second = trained();
-        CHECK(std::memcmp(first.data(), second.data(), first.size() * sizeof(float)) == 0);
+        for (const std::string base : {"arcface", "euclidean"}) {
+          LossSpec spec = loss_of(base);
+          spec.weighting = weighting_of(1);
+          spec.center.weight = 0.01;
+          const Problem p = make_problem(spec, 33, 65, 517, gate_target);
+          const auto trained = [&] {
+            const auto head = make_head(spec, p, implementation, precision, threads);
+            std::vector<float> grad_x(p.x.size()), w(p.w.size());
+            for (int step = 0; step < 3; ++step) head->step({p.x, p.labels}, {}, grad_x);
+            head->read_weights(w, {});
+            w.insert(w.end(), grad_x.begin(), grad_x.end());
+            w.insert(w.end(), head->centers().begin(), head->centers().end());
+            return w;
+          };
+          const std::vector<float> first = trained(), second = trained();
+          CHECK(std::memcmp(first.data(), second.data(), first.size() * sizeof(float)) == 0);
+        }
       }
     }
   }
@@ -775,6 +978,46 @@ TEST_CASE("the loops of every instruction set agree with the standard library") 
     return double{dots[j * kRows + i]} * class_scale[j] * 30 + double{bias[j]};
   };
   for (const HeadLoops* loops : tables) {
+    // Hinges: every number of active classes, from a threshold that all pass to one that none does.
+    std::vector<float> threshold(kRows), most(kRows, std::numeric_limits<float>::lowest()),
+        hinges(kRows), gradient_row(kClasses), hinge_gradient(dots.size());
+    std::vector<int32_t> active(kRows);
+    std::vector<uint16_t> hinge_rounded(dots.size());
+    for (int64_t i = 0; i < kRows; ++i) threshold[i] = static_cast<float>(i - 72) * 2;
+    LogitTile plain = tile;
+    plain.bias = nullptr;
+    loops->hinge_tile(plain, {threshold.data(), hinges.data(), most.data(), active.data()});
+    loops->hinge_gradient_tile(plain, threshold.data(), hinge_gradient.data());
+    loops->hinge_gradient_tile_bf16(plain, threshold.data(), hinge_rounded.data());
+    bool same = true;
+    for (int64_t i = 0; i < kRows; ++i) {
+      std::vector<float> z(kClasses);
+      double hinge_sum = 0;
+      int32_t count = 0;
+      for (int64_t j = 0; j < kClasses; ++j) {
+        z[j] = dots[j * kRows + i] * class_scale[j] * row_scale[i];
+        const bool above = z[j] > threshold[i];
+        hinge_sum += above ? double{z[j]} - double{threshold[i]} : 0;
+        count += above ? 1 : 0;
+        const int64_t at = j * kRows + i;
+        same = same && hinge_gradient[at] == (above ? class_scale[j] : 0.0F);
+        same = same && (hinge_rounded[at] != 0) == above;
+      }
+      CHECK(active[i] == count);
+      CHECK(most[i] == doctest::Approx(*std::max_element(z.begin(), z.end())).epsilon(1e-6));
+      // 77 terms of up to 300, in fp32.
+      CHECK(hinges[i] == doctest::Approx(hinge_sum).epsilon(1e-5));
+      float row_sum = 0, row_max = 0;
+      int32_t row_active = 0;
+      loops->hinge_row(z.data(), threshold[i], kClasses, &row_sum, &row_max, &row_active);
+      CHECK(row_active == count);
+      CHECK(row_sum == doctest::Approx(hinge_sum).epsilon(1e-5));
+      CHECK(row_max == most[i]);
+      loops->hinge_gradient_row(z.data(), threshold[i], 0.25F, gradient_row.data(), kClasses);
+      for (int64_t j = 0; j < kClasses; ++j)
+        same = same && gradient_row[j] == (z[j] > threshold[i] ? 0.25F : 0.0F);
+    }
+    CHECK(same);
     std::vector<float> max(kRows, std::numeric_limits<float>::lowest()), sum(kRows), log_sum(kRows);
     loops->softmax_tile(tile, max.data(), sum.data());
     std::vector<double> expected(kRows);
@@ -821,10 +1064,14 @@ TEST_CASE("the loops of every instruction set agree with the standard library") 
 }
 
 TEST_CASE("a single class has no loss") {
-  const LossSpec spec = loss_of("arcface");
   Problem p{3, 4, 1, std::vector<float>(12, 0.5F), std::vector<float>(4, 1.0F), {}, {0, 0, 0}};
   for (const Implementation implementation : kBoth) {
-    const Result found = forward_backward(*make_head(spec, p, implementation), p);
+    // Of the Euclidean margin loss only the pull is left, and that is 0 at these angles.
+    const Result euclidean =
+        forward_backward(*make_head(loss_of("euclidean"), p, implementation), p);
+    CHECK(euclidean.loss < 1e-6);
+    CHECK(all_finite(euclidean.grad_x));
+    const Result found = forward_backward(*make_head(loss_of("arcface"), p, implementation), p);
     CHECK(found.loss == 0);
     CHECK(all_finite(found.grad_x));
     CHECK(all_finite(found.grad_w));
@@ -940,6 +1187,29 @@ TEST_CASE("wrong settings are refused when the head is made") {
   CHECK(code([](HeadSpec& s, Execution&) { s.loss.margin.m2 = std::nan(""); }) == codes::kConfig);
   CHECK(code([](HeadSpec& s, Execution&) { s.loss.margin.lambda = -1; }) == codes::kConfig);
   CHECK(code([](HeadSpec& s, Execution&) { s.loss.weighting.alpha = 0; }) == codes::kConfig);
+  CHECK(code([](HeadSpec& s, Execution&) { s.loss.weighting = weighting_of(5); }) == "");
+  CHECK(code([](HeadSpec& s, Execution&) {
+          s.loss.weighting = weighting_of(5);
+          s.loss.weighting.gamma = -1;
+        }) == codes::kConfig);
+  CHECK(code([](HeadSpec& s, Execution&) {
+          s.loss.weighting = weighting_of(5);
+          s.loss.weighting.gamma = 1e7;
+        }) == codes::kConfig);
+  CHECK(code([](HeadSpec& s, Execution&) {
+          s.loss.weighting = weighting_of(5);
+          s.loss.weighting.reduction = Reduction::batch;
+        }) == codes::kConfig);
+  CHECK(code([](HeadSpec& s, Execution&) {
+          s.loss = loss_of("euclidean");
+          s.loss.euclidean.margin = -0.1;
+        }) == codes::kConfig);
+  CHECK(code([](HeadSpec& s, Execution&) {
+          s.loss = loss_of("euclidean");
+          s.loss.euclidean.pull = std::nan("");
+        }) == codes::kConfig);
+  CHECK(code([](HeadSpec& s, Execution&) { s.loss.center.weight = -1; }) == codes::kConfig);
+  CHECK(code([](HeadSpec& s, Execution&) { s.loss.center.rate = 1.5; }) == codes::kConfig);
   CHECK(code([](HeadSpec& s, Execution&) {
           s.loss = loss_of("a-softmax");
           s.loss.margin.mirror = false;

@@ -3,7 +3,9 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numbers>
 #include <vector>
 
@@ -95,6 +97,120 @@ TEST_CASE("hard mining stays finite where a plain exponential would not") {
     CHECK(std::isfinite(row.gradient_weight));
     CHECK(row.gradient_weight >= 0);
   }
+}
+
+namespace {
+
+Weighting knot_magnify(double gamma) {
+  Weighting weighting;
+  weighting.kind = WeightingKind::knot_magnify;
+  weighting.gamma = gamma;
+  return weighting;
+}
+
+}  // namespace
+
+TEST_CASE("Knot Magnify has the values of the poster's formula") {
+  for (const double gamma : {0.0, 0.1, 1.0, 2.0, 8.0, 1e6}) {
+    for (const double loss : {0.0, 1e-300, 1e-9, 0.3, 1.4, 1.7, 2.2, 5.0, 40.0, 700.0, 1e300}) {
+      CAPTURE(gamma);
+      CAPTURE(loss);
+      const double d = gamma * std::exp(-loss) + 1;
+      const WeightedLoss<double> row = weight_loss(loss, knot_magnify(gamma));
+      CHECK(row.weighted == doctest::Approx(loss / (d * d)).epsilon(1e-14));
+      CHECK(row.gradient_weight ==
+            doctest::Approx(1 / (d * d) + 2 * gamma * std::exp(-loss) * loss / (d * d * d))
+                .epsilon(1e-14));
+      CHECK(weighting_ratio(loss, knot_magnify(gamma)) ==
+            doctest::Approx(1 / (d * d)).epsilon(1e-14));
+      // In float: finite for every gamma that is taken, and as near as its numbers.
+      if (loss > 1e30) continue;
+      const WeightedLoss<float> single = weight_loss(static_cast<float>(loss), knot_magnify(gamma));
+      CHECK(single.weighted == doctest::Approx(row.weighted).epsilon(1e-5));
+      CHECK(single.gradient_weight == doctest::Approx(row.gradient_weight).epsilon(1e-5));
+    }
+  }
+  // Nothing is weighted where gamma p is nothing.
+  CHECK(weight_loss(1e6F, knot_magnify(8)).gradient_weight == 1);
+  CHECK(weight_loss(0.0, knot_magnify(1)).gradient_weight == 0.25);
+}
+
+TEST_CASE("Knot Magnify's derivative is that of its value") {
+  for (const double gamma : {0.1, 1.0, 2.0, 4.0, 8.0, 100.0}) {
+    for (double loss = 0.01; loss < 8; loss += 0.03) {
+      CAPTURE(gamma);
+      CAPTURE(loss);
+      check_derivative(
+          weight_loss(loss, knot_magnify(gamma)).gradient_weight,
+          central_difference([&](double l) { return weight_loss(l, knot_magnify(gamma)).weighted; },
+                             loss, 1e-5));
+    }
+  }
+}
+
+TEST_CASE("hinges over parts of the classes, and the loss they come to") {
+  // d_j = 2 - 2 cos_j, straight from the definition.
+  const EuclideanMargin law{0.3, 0.7};
+  const std::vector<double> cosines = {0.9, 0.2, -0.4, 0.5, 0.76, 0.74, 1.0};
+  for (size_t y = 0; y < cosines.size(); ++y) {
+    CAPTURE(y);
+    const auto loss_at = [&](const std::vector<double>& c) {
+      const auto distance = [&](size_t j) { return 2 - 2 * c[j]; };
+      double sum = 0;
+      int active = 0;
+      for (size_t j = 0; j < c.size(); ++j) {
+        const double hinge = law.margin + distance(y) - distance(j);
+        if (j == y || hinge <= 0) continue;
+        sum += hinge;
+        ++active;
+      }
+      return sum / std::max(1, active) + law.pull * distance(y);
+    };
+    const double threshold = 2 * cosines[y] - law.margin;
+    HingeSum<double> whole, left, right;
+    for (size_t j = 0; j < cosines.size(); ++j) {
+      if (j == y) continue;
+      add_hinge(whole, 2 * cosines[j], threshold);
+      add_hinge(j < 3 ? left : right, 2 * cosines[j], threshold);
+    }
+    const HingeSum<double> merged = merge(left, right);
+    CHECK(merged.sum == doctest::Approx(whole.sum).epsilon(1e-15));
+    CHECK(merged.max == whole.max);
+    CHECK(merged.active == whole.active);
+    const EuclideanLoss<double> row = euclidean_loss(2 * cosines[y], merged, law);
+    CHECK(row.loss == doctest::Approx(loss_at(cosines)).epsilon(1e-14));
+    for (size_t j = 0; j < cosines.size(); ++j) {
+      const auto moved = [&](double c) {
+        std::vector<double> changed = cosines;
+        changed[j] = c;
+        return loss_at(changed);
+      };
+      const bool active = 2 * cosines[j] - threshold > 0;
+      const double by_logit = j == y ? row.unit * row.target : active ? row.unit : 0;
+      // Piecewise linear, and no hinge here is within 0.01 of 0.
+      CHECK(2 * by_logit ==
+            doctest::Approx(central_difference(moved, cosines[j], 1e-4)).epsilon(1e-9));
+    }
+  }
+}
+
+TEST_CASE("hinges at the ends: exactly 0, none, rounded above 1, not a number") {
+  const EuclideanMargin law{2, 0.5};
+  HingeSum<float> sums;
+  add_hinge(sums, 0.0F, 2.0F - 2.0F);  // cos_y = 1 and cos_j = 0 at a margin of 2
+  CHECK(sums.active == 0);
+  CHECK(sums.sum == 0);
+  CHECK(sums.max == 0);
+  EuclideanLoss<float> row = euclidean_loss(2.0F, sums, law);
+  CHECK(row.loss == 0);
+  CHECK(row.unit == 1);
+  CHECK(row.target == -0.5F);
+  CHECK(euclidean_loss(2.0F + 1e-6F, sums, law).loss == 0);
+  CHECK(merge(HingeSum<float>{}, HingeSum<float>{}).active == 0);
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  CHECK(std::isnan(euclidean_loss(nan, sums, law).loss));
+  add_hinge(sums, nan, 0.0F);
+  CHECK(std::isnan(euclidean_loss(2.0F, sums, law).loss));
 }
 
 TEST_CASE("both reductions over a batch") {
@@ -235,6 +351,8 @@ TEST_CASE("warm-up of the margin goes from none to all of it") {
   CHECK(half.m2 == 0.25);
   CHECK(half.m3 == 0.1);
   CHECK(warmed_up(law, 1).m1 == 4);
+  CHECK(warmed_up(EuclideanMargin{0.4, 0.5}, 0.25).margin == 0.1);
+  CHECK(warmed_up(EuclideanMargin{0.4, 0.5}, 0.25).pull == 0.5);
 }
 
 TEST_CASE("softmax parts merge to the whole") {

@@ -609,6 +609,7 @@ TEST_CASE("a session's state moves to another one, which goes on with the same b
   const auto backend = make_backend();
   SessionSpec spec = session_spec(4, 7);
   spec.head.loss.base = BaseKind::softmax;  // has head.bias
+  spec.head.loss.center.weight = 0.01;      // and head.centers
   FixedBatch batch(4, 7);
   const std::vector<StepSettings> settings(2);
   std::vector<StepStats> stats(2);
@@ -622,7 +623,11 @@ TEST_CASE("a session's state moves to another one, which goes on with the same b
     head_tensors += tensor.name.find("head.") != std::string::npos;
     two->write(tensor.name, read_tensor(*one, tensor.name));
   }
-  CHECK(head_tensors == 4);
+  CHECK(head_tensors == 5);
+  const std::vector<float> centers = read_tensor(*one, "head.centers");
+  // Four rows with four labels: three classes were never seen.
+  CHECK(std::count(centers.begin(), centers.end(), 0.0F) * 7 ==
+        3 * static_cast<int64_t>(centers.size()));
   one->train(batch, settings, stats, cancelled);
   two->train(batch, settings, stats, cancelled);
   for (const TensorInfo& tensor : one->tensors()) {

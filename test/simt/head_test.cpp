@@ -16,6 +16,7 @@
 namespace {
 
 using hardmine::BaseKind;
+using hardmine::EuclideanMargin;
 using hardmine::Execution;
 using hardmine::HardMiningForm;
 using hardmine::HeadSpec;
@@ -80,22 +81,54 @@ double psi_slope(double cosine, const MarginLaw& law) {
 
 double weighted_loss(double loss, const hardmine::Weighting& g) {
   if (g.kind == WeightingKind::none) return loss;
+  if (g.kind == WeightingKind::knot_magnify)
+    return loss * std::pow(1 + g.gamma * std::exp(-loss), -2);
   const double gate = 1 / (1 + std::exp(-g.A * (g.beta * loss - g.B)));
   return (g.form == HardMiningForm::equation ? g.alpha : g.alpha * g.beta) * loss * gate;
 }
 
 double loss_factor(double loss, const hardmine::Weighting& g) {
   if (g.kind == WeightingKind::none) return 1;
+  if (g.kind == WeightingKind::knot_magnify) {
+    const double knot = 1 + g.gamma * std::exp(-loss);
+    return (1 + 2 * loss * (1 - 1 / knot)) / (knot * knot);
+  }
   const double gate = 1 / (1 + std::exp(-g.A * (g.beta * loss - g.B)));
   const double c = g.form == HardMiningForm::equation ? g.alpha : g.alpha * g.beta;
   return c * (gate + g.beta * g.A * loss * gate * (1 - gate));
+}
+
+// Hinges of a row by its squared distances; its loss, and what the distances' slopes are.
+struct Hinges {
+  Vector slope;
+  double loss = 0, nearest = 1e300;  // |hinge| of the class nearest to becoming active or not
+};
+
+Hinges hinges_of(const Vector& distance, size_t y, const EuclideanMargin& law) {
+  Hinges h;
+  h.slope.resize(distance.size());
+  double active = 0;
+  for (size_t j = 0; j < distance.size(); ++j) {
+    if (j == y) continue;
+    const double hinge = law.margin + distance[y] - distance[j];
+    h.nearest = std::min(h.nearest, std::abs(hinge));
+    if (hinge <= 0) continue;
+    h.loss += hinge;
+    h.slope[j] = -1;
+    ++active;
+  }
+  for (double& slope : h.slope) slope /= std::max(active, 1.0);
+  h.slope[y] = law.pull + (active > 0 ? 1 : 0);
+  h.loss = h.loss / std::max(active, 1.0) + law.pull * distance[y];
+  return h;
 }
 
 // The formulas as the papers print them, in double, every matrix whole.
 Reference reference_head(const Problem& p, const LossSpec& spec) {
   const int n = p.rows, d = p.dim;
   const size_t classes = static_cast<size_t>(p.classes);
-  const bool cosines = spec.base == BaseKind::margin;
+  const bool cosines = spec.base != BaseKind::softmax;
+  const bool euclidean = spec.base == BaseKind::euclidean_margin;
   Reference r;
   r.grad_x.assign(p.x.size(), 0);
   r.grad_w.assign(p.w.size(), 0);
@@ -105,7 +138,7 @@ Reference reference_head(const Problem& p, const LossSpec& spec) {
   Vector w_norm(classes);
   for (size_t j = 0; j < classes; ++j) w_norm[j] = norm(w(j), d);
   struct Row {
-    Vector cosine, probability;
+    Vector cosine, probability;  // Euclidean margin: probability - [j = y] is dL / d 2 cos_j
     double norm = 1, scale = 1, psi = 0, slope = 1;
   };
   std::vector<Row> rows(static_cast<size_t>(n));
@@ -113,7 +146,10 @@ Reference reference_head(const Problem& p, const LossSpec& spec) {
     Row& row = rows[i];
     const size_t y = static_cast<size_t>(p.labels[i]);
     row.norm = norm(x(i), d);
-    row.scale = !cosines ? 1 : spec.margin.norm_scale ? row.norm : spec.margin.scale;
+    row.scale = !cosines                 ? 1
+                : euclidean              ? 2
+                : spec.margin.norm_scale ? row.norm
+                                         : spec.margin.scale;
     row.cosine.resize(classes);
     Vector z(classes);
     for (size_t j = 0; j < classes; ++j) {
@@ -122,6 +158,15 @@ Reference reference_head(const Problem& p, const LossSpec& spec) {
     }
     r.correct += std::max_element(z.begin(), z.end()) - z.begin() == p.labels[i] ? 1 : 0;
     row.psi = row.cosine[y];
+    if (euclidean) {
+      Vector distance;
+      for (const double c : row.cosine) distance.push_back(2 - 2 * c);
+      const Hinges hinges = hinges_of(distance, y, spec.euclidean);
+      r.base.push_back(hinges.loss);
+      for (const double slope : hinges.slope) row.probability.push_back(-slope);
+      row.probability[y] += 1;
+      continue;
+    }
     if (cosines) {
       row.psi = psi_value(row.cosine[y], spec.margin);
       row.slope = psi_slope(row.cosine[y], spec.margin);
@@ -167,7 +212,7 @@ Reference reference_head(const Problem& p, const LossSpec& spec) {
         gw[k] += dc * (x_hat - c * w_hat) / w_norm[j];
       }
     }
-    if (cosines && spec.margin.norm_scale)
+    if (spec.scales_by_norm())
       for (int k = 0; k < d; ++k) gx[k] += radial * x(i)[k] / row.norm;
   }
   return r;
@@ -184,10 +229,11 @@ Floats floats(const Vector& values) {
 // Embeddings pulled towards their class weight until the losses spread over the gate (0.55 to 0.85)
 // and beyond: row i gets the loss it aims at by bisection on the pull. Every third row repeats the
 // label before it.
-Problem make_problem(int rows, int dim, int64_t classes, const LossSpec& spec, unsigned seed) {
+Problem make_problem(int rows, int dim, int64_t classes, const LossSpec& spec, unsigned seed,
+                     double least = 0.55, double spread = 0.3) {
   std::mt19937 random(seed);
   std::normal_distribution<double> normal;
-  const bool cosines = spec.base == BaseKind::margin;
+  const bool cosines = spec.base != BaseKind::softmax;
   Problem p{rows, dim, classes, {}, {}, {}, {}};
   p.w.resize(static_cast<size_t>(classes * dim));
   for (double& value : p.w) value = rounded(normal(random));
@@ -204,7 +250,7 @@ Problem make_problem(int rows, int dim, int64_t classes, const LossSpec& spec, u
     Vector noise(static_cast<size_t>(dim));
     for (double& value : noise) value = normal(random);
     const double aim =
-        i % 4 == 3 ? 3.0 : 0.55 + 0.3 * (static_cast<double>(random() % 1000) / 1000);
+        i % 4 == 3 ? 3.0 : least + spread * (static_cast<double>(random() % 1000) / 1000);
     // x = noise + pull w_y: dot products are linear in the pull.
     Vector from, to;
     for (int64_t j = 0; j < classes; ++j) {
@@ -213,7 +259,15 @@ Problem make_problem(int rows, int dim, int64_t classes, const LossSpec& spec, u
     }
     const double squares = dot(noise.data(), noise.data(), dim);
     const size_t y = static_cast<size_t>(label);
+    const auto hinges_at = [&](double pull) {
+      const double length = std::sqrt(squares + 2 * pull * from[y] + pull * pull * to[y]);
+      Vector distance;
+      for (size_t j = 0; j < from.size(); ++j)
+        distance.push_back(2 - 2 * (from[j] + pull * to[j]) / (length * w_norm[j]));
+      return hinges_of(distance, y, spec.euclidean);
+    };
     const auto loss_at = [&](double pull) {
+      if (spec.base == BaseKind::euclidean_margin) return hinges_at(pull).loss;
       const double length = std::sqrt(squares + 2 * pull * from[y] + pull * pull * to[y]);
       const double scale = spec.margin.norm_scale ? length : spec.margin.scale;
       const auto logit = [&](size_t j) {
@@ -233,6 +287,9 @@ Problem make_problem(int rows, int dim, int64_t classes, const LossSpec& spec, u
       const double pull = (low + high) / 2;
       (loss_at(pull) > aim ? low : high) = pull;
     }
+    // The Euclidean margin loss jumps where a hinge is 0: rows keep clear of it by far more than
+    // what fp32 makes of a cosine.
+    while (spec.base == BaseKind::euclidean_margin && hinges_at(low).nearest < 1e-5) low -= 1e-5;
     for (int k = 0; k < dim; ++k)
       p.x.push_back(rounded(noise[static_cast<size_t>(k)] + low * own[k]));
   }
@@ -275,6 +332,13 @@ LossSpec softmax() {
   return spec;
 }
 
+LossSpec euclidean_margin(double margin = 0.4, double pull = 0.5) {
+  LossSpec spec = margin_loss(1, 0, 0);
+  spec.base = BaseKind::euclidean_margin;
+  spec.euclidean = {margin, pull};
+  return spec;
+}
+
 std::vector<LossSpec> every_base() {
   return {softmax(),
           margin_loss(1, 0, 0),
@@ -282,7 +346,8 @@ std::vector<LossSpec> every_base() {
           margin_loss(1, 0, 0.35),
           margin_loss(1.2, 0.3, 0.2),
           a_softmax(4, 0),
-          a_softmax(3, 5)};
+          a_softmax(3, 5),
+          euclidean_margin()};
 }
 
 std::vector<LossSpec> every_loss() {
@@ -300,6 +365,9 @@ std::vector<LossSpec> every_loss() {
     spec.weighting.kind = WeightingKind::none;
     spec.weighting.reduction = Reduction::sample;
     spec.margin.detached = false;
+    specs.push_back(spec);
+    spec.weighting.kind = WeightingKind::knot_magnify;
+    spec.weighting.gamma = 2;
     specs.push_back(spec);
   }
   return specs;
@@ -531,6 +599,206 @@ TEST_CASE("a thousand classes of 512 numbers, in one chunk and in chunks that do
   check(margin_loss(1, 0.5, 0, 64), Implementation::fused, {kSmallestChunks, kOneChunk});
   check(margin_loss(1, 0.5, 0, 64), Implementation::unfused, {kOneChunk});
   check(softmax(), Implementation::fused, {kSmallestChunks});
+  check(euclidean_margin(), Implementation::fused, {kSmallestChunks, kOneChunk});
+  check(euclidean_margin(), Implementation::unfused, {kOneChunk});
+}
+
+TEST_CASE("Euclidean margins from none active to all, and Knot Magnify around its critical point") {
+  Gpu gpu;
+  const auto check = [&](const LossSpec& spec) {
+    const Problem p = make_problem(5, 17, 140, spec, 19);  // two chunks
+    for (const Implementation implementation : kBoth) {
+      CAPTURE(implementation == Implementation::fused);
+      DeviceHead head(gpu, p, spec, implementation, Precision::fp32, kSmallestChunks);
+      check_fp32(p, spec, head.forward_backward(p));
+    }
+  };
+  for (const double margin : {0.0, 0.05, 1.2, 4.0})
+    for (const double pull : {0.0, 3.0}) check(euclidean_margin(margin, pull));
+  for (LossSpec spec : every_base()) {
+    spec.weighting.kind = WeightingKind::knot_magnify;
+    for (const double gamma : {0.1, 8.0, 1e6}) {
+      spec.weighting.gamma = gamma;
+      // Losses of 1.4 to 2.2, where the weight turns, for these gammas or somewhat beside.
+      const Problem p = make_problem(8, 9, 20, spec, 19, 1.2, 1.2);
+      int around = 0;
+      for (const double loss : reference_head(p, spec).base)
+        around += loss > 1.1 && loss < 2.5 ? 1 : 0;
+      CHECK(2 * around >= 8);
+      for (const Implementation implementation : kBoth) {
+        DeviceHead head(gpu, p, spec, implementation, Precision::fp32, kSmallestChunks);
+        check_fp32(p, spec, head.forward_backward(p));
+      }
+    }
+  }
+}
+
+TEST_CASE("hinges just above 0, just below and exactly at 0, one class or all of them") {
+  Gpu gpu;
+  // Class weights along the axes: cosines are coordinates, and 128 classes a chunk leave 2 of 130
+  // over.
+  const auto on_axes = [&](const std::vector<Vector>& rows, int classes) {
+    Problem p{static_cast<int>(rows.size()), classes + 1, classes, {}, {}, {}, {}};
+    for (int j = 0; j < classes; ++j)
+      for (int k = 0; k <= classes; ++k) p.w.push_back(j == k ? 2 : 0);
+    for (Vector row : rows) {
+      row.resize(static_cast<size_t>(classes));
+      row.push_back(std::sqrt(1 - dot(row.data(), row.data(), classes)));
+      for (const double value : row) p.x.push_back(rounded(value));
+      p.labels.push_back(0);
+    }
+    return p;
+  };
+  const double edge = 0.3;  // of cos_j at cos_y = 0.5 and a margin of 0.4
+  for (const double near : {1e-4, 1e-5}) {
+    const Problem p = on_axes({{0.5, edge - near, edge - near},
+                               {0.5, edge + near, edge - near},
+                               {0.5, edge + near, edge + near},
+                               {-0.9}},  // all 129 others are active
+                              130);
+    for (LossSpec spec : {euclidean_margin(), euclidean_margin(0.4, 0)}) {
+      spec.weighting.kind = WeightingKind::none;
+      for (const Implementation implementation : kBoth) {
+        DeviceHead head(gpu, p, spec, implementation, Precision::fp32, kSmallestChunks);
+        const Result found = head.forward_backward(p);
+        check_fp32(p, spec, found);
+        for (int k = 0; k < 131; ++k) {
+          // What no row has active has no gradient but from the last row, whose share is 1 / 129.
+          const double share = 2.0 / 129 / 4 / 2;  // d 2 cos, 4 rows, ||w|| = 2
+          CHECK(std::abs(found.grad_w[static_cast<size_t>(129 * 131 + k)]) <= share * 1.0001);
+        }
+      }
+    }
+  }
+  // 2 + d_y - d_j with d_y = 0 and d_j = 2 is 0 in any arithmetic: not active.
+  // Beside a class at cos_j = 1/2, whose hinge of 1 it would halve.
+  Problem exact = on_axes({{1}}, 3);
+  std::fill_n(exact.w.begin() + 8, 4, 1.0);
+  LossSpec spec = euclidean_margin(2, 0.5);
+  spec.weighting.kind = WeightingKind::none;
+  for (const Implementation implementation : kBoth) {
+    for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::fp16}) {
+      DeviceHead head(gpu, exact, spec, implementation, precision, kOneChunk);
+      const Result found = head.forward_backward(exact);
+      CHECK(found.loss == 1);
+      for (int k = 4; k < 8; ++k) CHECK(found.grad_w[static_cast<size_t>(k)] == 0);
+      check_fp32(exact, spec, found);
+    }
+  }
+}
+
+namespace {
+
+// The center loss of a batch at `centers`, its gradient added to `grad_x`, and the centers after.
+double center_reference(const Problem& p, const hardmine::CenterLoss& law, Vector& centers,
+                        Vector& grad_x) {
+  double loss = 0;
+  Vector moved = centers;
+  for (size_t i = 0; i < p.labels.size(); ++i) {
+    const auto n = static_cast<double>(std::count(p.labels.begin(), p.labels.end(), p.labels[i]));
+    for (int k = 0; k < p.dim; ++k) {
+      const size_t x = i * static_cast<size_t>(p.dim) + static_cast<size_t>(k);
+      const size_t c = static_cast<size_t>(p.labels[i] * p.dim + k);
+      const double difference = p.x[x] - centers[c];
+      loss += law.weight / (2 * p.rows) * difference * difference;
+      grad_x[x] += law.weight / p.rows * difference;
+      moved[c] -= law.rate / (1 + n) * -difference;
+    }
+  }
+  centers = moved;
+  return loss;
+}
+
+}  // namespace
+
+TEST_CASE("the center loss beside every base: loss, gradient and movement, repeated labels") {
+  for (LossSpec spec : every_base()) {
+    if (spec.base == BaseKind::euclidean_margin) {
+      spec.weighting.kind = WeightingKind::knot_magnify;
+      spec.weighting.gamma = 2;
+    }
+    LossSpec plain = spec;
+    spec.center = {0.4, 0.7};
+    Gpu gpu;
+    Problem p = make_problem(6, 9, 20, spec, 43);
+    for (const bool one_label : {false, true}) {
+      if (one_label) p.labels.assign(p.labels.size(), 19);
+      for (const Implementation implementation : kBoth) {
+        for (const Precision precision : {Precision::fp32, Precision::bf16, Precision::fp16}) {
+          CAPTURE(implementation == Implementation::fused);
+          CAPTURE(static_cast<int>(precision));
+          const auto head = make_head(gpu, p, spec, implementation, precision);
+          const auto without = make_head(gpu, p, plain, implementation, precision);
+          const Result base = forward_backward(*without, p);
+          const Floats x = floats(p.x);
+          StepSettings still;  // of the weights
+          still.lr = 0;
+          still.lambda = static_cast<float>(spec.margin.lambda);
+          Vector centers(p.w.size());
+          Floats at(p.w.size());
+          for (int step = 0; step < 2; ++step) {
+            head->read_centers(at);
+            CHECK(relative_error(at, centers) <= 1e-6);
+            centers.assign(at.begin(), at.end());
+            Vector grad_x(base.grad_x.begin(), base.grad_x.end());
+            const double term = center_reference(p, spec.center, centers, grad_x);
+            const Result found = forward_backward(*head, p);
+            CHECK(found.loss == doctest::Approx(base.loss + term).epsilon(1e-9));
+            CHECK(found.base == base.base);
+            CHECK(found.weighted == base.weighted);
+            CHECK(found.grad_w == base.grad_w);
+            CHECK(relative_error(found.grad_x, grad_x) <= 1e-6);
+            Floats unmoved(p.w.size());
+            head->read_centers(unmoved);
+            CHECK(unmoved == at);
+            Floats stepped(p.x.size());
+            const StepStats stats = head->step({x, p.labels}, still, stepped);
+            CHECK(stats.loss == doctest::Approx(found.loss).epsilon(1e-12));
+            CHECK(stepped == found.grad_x);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("centers start at 0, are set and read, and are named where they are not finite") {
+  Gpu gpu;
+  LossSpec spec = euclidean_margin();
+  const Problem p = make_problem(3, 4, 50, spec, 37);
+  const Floats x = floats(p.x);
+  const auto plain = make_head(gpu, p, spec, Implementation::fused);
+  Floats none;
+  plain->read_centers(none);
+  CHECK(error_of([&] { plain->set_centers(Floats(200)); }) ==
+        "ERR_INPUT: The centers have 200 numbers; 0 were expected.");
+  spec.center.weight = 0.1;
+  for (const Implementation implementation : kBoth) {
+    const auto head = make_head(gpu, p, spec, implementation);
+    CHECK(error_of([&] { head->set_centers(Floats(3)); }) ==
+          "ERR_INPUT: The centers have 3 numbers; 200 were expected.");
+    Floats centers(200);
+    std::iota(centers.begin(), centers.end(), 0.0F);
+    head->set_centers(centers);
+    Floats found(200);
+    head->read_centers(found);
+    CHECK(found == centers);
+    const auto y = static_cast<size_t>(p.labels[1]);
+    centers[y * 4 + 2] = std::numeric_limits<float>::quiet_NaN();
+    head->set_centers(centers);
+    CHECK(error_of([&] {
+            head->step({x, p.labels}, {}, {});
+          })
+              .find("ERR_NON_FINITE: The center of class " + std::to_string(y) +
+                    " has nan at position 2") == 0);
+    Floats w(p.w.size());
+    head->read_weights(w, {});
+    CHECK(w == floats(p.w));
+    head->read_centers(found);
+    CHECK(std::memcmp(found.data(), centers.data(), found.size() * sizeof(float)) == 0);
+    head->set_centers(Floats(200));
+    CHECK(error_of([&] { head->step({x, p.labels}, {}, {}); }).empty());
+  }
 }
 
 TEST_CASE("every size of a class row that the kernels tell apart") {
@@ -575,8 +843,8 @@ TEST_CASE("more rows than the kernels over all rows have threads, chained and su
   simt::Buffer<int> non_finite(1, "non_finite");
   simt::Buffer<cuda::StepRecord> record(1, "record");
   simt::Buffer<unsigned long long> steps(1, "steps");
-  hardmine::Weighting weighting;
-  weighting.kind = WeightingKind::hard_mining;
+  const LossSpec loss_spec = margin_loss(1, 0, 0);
+  const hardmine::Weighting& weighting = loss_spec.weighting;
   similarity[0] = {30, 60};
   steps[0] = 0;
   double loss = 0, base_sum = 0, norms = 0, largest = 0;
@@ -585,7 +853,7 @@ TEST_CASE("more rows than the kernels over all rows have threads, chained and su
     const double target = static_cast<double>(random() % 1000) / 500 - 1;
     const auto plain = static_cast<float>(target + 0.5);
     sums[i] = {0.25F, 1.5F};
-    targets[i] = {target, static_cast<float>(i), 1.0F, plain, 0, 1};
+    targets[i] = {target, static_cast<float>(i), 1.0F, plain, 0, 1, 0};
     const double l = std::log1p(1.5 * std::exp(0.25 - target));
     const double factor = loss_factor(l, weighting);
     loss += weighted_loss(l, weighting) / kRows;
@@ -598,9 +866,10 @@ TEST_CASE("more rows than the kernels over all rows have threads, chained and su
   }
   run(1, cuda::kMostFinishThreads, [&] {
     cuda::finish_rows({kRows,
-                       true,
-                       weighting,
+                       loss_spec,
                        sums.data(),
+                       nullptr,
+                       nullptr,
                        targets.data(),
                        similarity.data(),
                        1,
@@ -632,7 +901,7 @@ TEST_CASE("16-bit operands stay close to the double reference") {
   // The operands' rounding decides: 2^-11 (fp16) and 2^-8 (bf16) relative, each cosine an average
   // of dim such errors; at s = 16 and inside the gate, whose factor moves by 300 a unit of loss,
   // this gives some 1e-2 and 1e-1 in the gradient. Without a gate it is ten times less.
-  for (LossSpec spec : {margin_loss(1, 0.5, 0), softmax()}) {
+  for (LossSpec spec : {margin_loss(1, 0.5, 0), softmax(), euclidean_margin()}) {
     spec.weighting.kind = WeightingKind::none;
     const Problem p = make_problem(18, 128, 150, spec, 3);
     const Reference gold = reference_head(p, spec);
@@ -662,6 +931,10 @@ TEST_CASE("coefficients far outside fp16's range reach the weights all the same"
   large.weighting.kind = WeightingKind::none;
   Problem far = make_problem(4, 16, 40, large, 23);
   for (double& value : far.x) value *= 32;  // ||x|| of some 300
+  // All 149 others active: the target's coefficient is 1.5 * 149 times theirs.
+  LossSpec hinges = euclidean_margin(4, 0.5);
+  hinges.weighting.kind = WeightingKind::none;
+  const Problem crowd = make_problem(1, 16, 150, hinges, 23);
   for (const Implementation implementation : kBoth) {
     DeviceHead head(gpu, one, spec, implementation, Precision::fp16, kOneChunk);
     const Result found = head.forward_backward(one);
@@ -674,6 +947,11 @@ TEST_CASE("coefficients far outside fp16's range reach the weights all the same"
     CHECK(relative_error(found.grad_w, grad_w) <= 3e-2);
     DeviceHead other(gpu, far, large, implementation, Precision::fp16, kOneChunk);
     for (const float value : other.forward_backward(far).grad_w) CHECK(std::isfinite(value));
+    DeviceHead crowded(gpu, crowd, hinges, implementation, Precision::fp16, kOneChunk);
+    const Result all = crowded.forward_backward(crowd);
+    const Reference all_gold = reference_head(crowd, hinges);
+    CHECK(relative_error(all.grad_w, all_gold.grad_w) <= 5e-3);
+    CHECK(relative_error(all.grad_x, all_gold.grad_x) <= 5e-3);
   }
 }
 
@@ -719,6 +997,23 @@ TEST_CASE("a loss of 1e-7 keeps its digits") {
     for (size_t i = 0; i < 2; ++i)
       CHECK(found.base[i] == doctest::Approx(gold.base[i]).epsilon(1e-4));
     CHECK(relative_error(found.grad_w, gold.grad_w) <= 1e-4);
+  }
+}
+
+TEST_CASE("the argmax of the Euclidean margin, before it") {
+  Gpu gpu;
+  const LossSpec spec = euclidean_margin();
+  Problem p = make_problem(40, 40, 90, spec, 9);
+  // Some rows that are hard without any margin: pulled to another class.
+  for (int i = 0; i < 40; i += 5)
+    p.labels[static_cast<size_t>(i)] = 89 - p.labels[static_cast<size_t>(i)];
+  const Reference gold = reference_head(p, spec);
+  REQUIRE(gold.correct > 0);
+  REQUIRE(gold.correct < 40);
+  for (const Implementation implementation : kBoth) {
+    const auto head = make_head(gpu, p, spec, implementation);
+    const Floats x = floats(p.x);
+    CHECK(head->step({x, p.labels}, {}, {}).correct == gold.correct);
   }
 }
 
@@ -771,6 +1066,7 @@ struct Trainer {
   Problem p;
   LossSpec spec;
   Vector velocity = Vector(p.w.size()), bias_velocity = Vector(p.bias.size());
+  Vector centers = Vector(p.w.size());
   Reference gold = {};
 
   void step(const StepSettings& s) {
@@ -780,7 +1076,9 @@ struct Trainer {
     now.margin.m2 *= f;
     now.margin.m3 *= f;
     now.margin.lambda = s.lambda;
+    now.euclidean.margin *= f;
     gold = reference_head(p, now);
+    if (spec.center.weight > 0) gold.loss += center_reference(p, spec.center, centers, gold.grad_x);
     const auto update = [&](Vector& w, Vector& v, const Vector& g, double decay) {
       for (size_t k = 0; k < w.size(); ++k) {
         v[k] = s.momentum * v[k] + g[k] + decay * w[k];
@@ -791,6 +1089,11 @@ struct Trainer {
     update(p.bias, bias_velocity, gold.grad_bias, s.decay_all ? s.weight_decay : 0.0);
   }
 };
+
+LossSpec with_centers(LossSpec spec) {
+  spec.center = {0.3, 0.6};
+  return spec;
+}
 
 // The batches of a run: each its own rows and labels over the same classes.
 std::vector<Problem> batches_of(const Problem& p, int count) {
@@ -826,8 +1129,8 @@ std::vector<StepSettings> varied_settings(const LossSpec& spec, int count) {
 
 TEST_CASE("steps with momentum, decay, warm-up and annealing follow the reference") {
   constexpr int kSteps = 4;
-  for (const LossSpec& spec :
-       {margin_loss(1, 0.5, 0), margin_loss(1.2, 0.3, 0.2), a_softmax(4, 0), softmax()}) {
+  for (const LossSpec& spec : {margin_loss(1, 0.5, 0), margin_loss(1.2, 0.3, 0.2), a_softmax(4, 0),
+                               softmax(), with_centers(euclidean_margin())}) {
     Gpu gpu;
     const Problem p = make_problem(12, 20, 60, spec, 13);
     const std::vector<Problem> batches = batches_of(p, kSteps);
@@ -854,6 +1157,11 @@ TEST_CASE("steps with momentum, decay, warm-up and annealing follow the referenc
       head->read_weights(w, bias);
       CHECK(relative_error(w, trainer.p.w) <= 1e-5);
       CHECK(relative_error(bias, trainer.p.bias) <= 1e-5);
+      if (spec.has_centers()) {
+        Floats centers(p.w.size());
+        head->read_centers(centers);
+        CHECK(relative_error(centers, trainer.centers) <= 1e-6);
+      }
       // The weights that the next pass works with are the new ones.
       const Result after = forward_backward(*head, trainer.p);
       const Reference gold = reference_head(trainer.p, spec);
@@ -865,7 +1173,8 @@ TEST_CASE("steps with momentum, decay, warm-up and annealing follow the referenc
 
 TEST_CASE("a captured run of steps over chunks: figures in the ring, the same bits in any order") {
   constexpr int kSteps = 4;
-  for (const LossSpec& spec : {margin_loss(1, 0.5, 0), softmax()}) {
+  for (const LossSpec& spec :
+       {margin_loss(1, 0.5, 0), softmax(), with_centers(euclidean_margin())}) {
     const Problem p = make_problem(5, 20, 300, spec, 17);  // three chunks
     Trainer trainer{p, spec};
     const StepSettings settings{.lr = 0.05F, .weight_decay = 1e-3F};
@@ -883,7 +1192,7 @@ TEST_CASE("a captured run of steps over chunks: figures in the ring, the same bi
       head.step();
       const cuda::CapturedGraph graph(head.stream(), [&] { head.step(); });
       for (int step = 1; step < kSteps; ++step) graph.launch(head.stream());
-      const Floats w = head.read(cuda::HeadTensor::weights, p.w.size());
+      Floats w = head.read(cuda::HeadTensor::weights, p.w.size());
       CHECK(relative_error(w, trainer.p.w) <= 1e-5);
       CHECK(relative_error(head.read(cuda::HeadTensor::bias, p.bias.size()), trainer.p.bias) <=
             1e-5);
@@ -895,6 +1204,11 @@ TEST_CASE("a captured run of steps over chunks: figures in the ring, the same bi
       for (int step = kSteps - DeviceHead::kRing; step < kSteps; ++step) {
         CHECK(records[static_cast<size_t>(step % DeviceHead::kRing)].loss ==
               doctest::Approx(losses[static_cast<size_t>(step)]).epsilon(1e-3));
+      }
+      if (spec.has_centers()) {
+        const Floats centers = head.read(cuda::HeadTensor::centers, p.w.size());
+        CHECK(relative_error(centers, trainer.centers) <= 1e-6);
+        w.insert(w.end(), centers.begin(), centers.end());
       }
       if (first.empty()) first = w;
       CHECK(std::memcmp(first.data(), w.data(), w.size() * sizeof(float)) == 0);

@@ -2,6 +2,7 @@
 // against the double-precision reference, the session's steps as captured graphs, the embedder.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <functional>
@@ -336,6 +337,7 @@ TEST_CASE("CUDA: a session's state moves to another one, which goes on with the 
   Gpu gpu;
   HeadSpec head = head_of(7);
   head.loss.base = BaseKind::softmax;  // has head.bias
+  head.loss.center.weight = 0.01;      // and head.centers
   FixedBatch batch(4, kSize, 7);
   const std::vector<StepSettings> settings(2);
   std::vector<StepStats> stats(2);
@@ -347,6 +349,12 @@ TEST_CASE("CUDA: a session's state moves to another one, which goes on with the 
   two->train(batch, settings, stats, kGoOn);
   const auto expected = all_tensors(*one);
   CHECK(expected.contains("momentum/head.bias"));
+  // Four rows with four labels: three classes were never seen.
+  const std::vector<float>& centers = expected.at("head.centers");
+  CHECK(centers.size() == 7 * kEmbedding);
+  CHECK(std::count(centers.begin(), centers.end(), 0.0F) == 3 * kEmbedding);
+  for (const TensorInfo& tensor : one->tensors())
+    if (tensor.name == "head.centers") CHECK(tensor.role == TensorRole::statistic);
   for (const auto& [name, values] : all_tensors(*two)) {
     INFO(name);
     CHECK(values == expected.at(name));
