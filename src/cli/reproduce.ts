@@ -25,7 +25,7 @@ const DECIDED = [
   ...['data', 'out', 'validation', 'lfw', 'lfwPairs', 'ytf', 'ytfSplits', 'seed', 'resume'],
   ...['validateEvery'],
   ...['loss', 'scale', 'margin', 'm1', 'm2', 'm3', 'lambda', 'marginWarmUp'],
-  ...['marginGradient', 'beyondPi', 'weighting'],
+  ...['marginGradient', 'beyondPi', 'pull', 'weighting', 'center'],
 ];
 
 type Given = Partial<Record<(typeof PATHS)[number], string>> & {
