@@ -162,6 +162,18 @@ function partsOf(stage) {
     .sort((a, b) => b.bytes - a.bytes);
 }
 
+/** Builds the native GPU tests, where the build knows them: only a kit has a use for them. */
+function buildTests() {
+  const build = join(ROOT, 'build');
+  const targets = output('cmake', ['--build', build, '--target', 'help']) ?? '';
+  if (!/\btest_gpu\b/.test(targets)) return;
+  say('building the native GPU tests (minutes)');
+  const { status } = spawnSync('cmake', ['--build', build, '--target', 'test_gpu'], {
+    stdio: ['ignore', 2, 2],
+  });
+  if (status !== 0) throw new KitError('The native GPU tests could not be built; see above.');
+}
+
 function pack(node, limit) {
   if (output('xz', ['--version']) === null) {
     throw new KitError('There is no xz on this machine: install xz-utils and run this again.');
@@ -172,6 +184,7 @@ function pack(node, limit) {
     for (const path of [stage, packed]) fs.rmSync(path, { recursive: true, force: true });
   };
   clean();
+  buildTests();
   fs.rmSync(ARCHIVE, { force: true }); // a kit that fails must not leave an older one to be taken for it
   fs.mkdirSync(stage, { recursive: true });
   try {

@@ -3,15 +3,16 @@
 #include <doctest/doctest.h>
 
 #include <array>
+#include <cstring>
 #include <functional>
 #include <numbers>
 #include <numeric>
 #include <random>
 #include <string>
 
+#include <device_under_test.h>
 #include "core/head_checks.h"
 #include "cuda/head.h"
-#include "test/simt/fake_libraries.h"
 
 namespace {
 
@@ -29,6 +30,8 @@ using hardmine::Reduction;
 using hardmine::StepSettings;
 using hardmine::StepStats;
 using hardmine::WeightingKind;
+using hardmine::testing::Buffer;
+using hardmine::testing::Gpu;
 namespace codes = hardmine::codes;
 namespace cuda = hardmine::cuda;
 
@@ -375,12 +378,6 @@ std::vector<LossSpec> every_loss() {
 
 // ---- Heads on the emulated device ----
 
-struct Gpu {
-  explicit Gpu(uint64_t seed = 1) : device({.seed = seed}) {}
-  simt::Device device;
-  simt::FakeLibraries libraries;
-};
-
 struct Result {
   Floats base, weighted, grad_x, grad_w, grad_bias;
   double loss = 0;
@@ -393,7 +390,7 @@ std::unique_ptr<MarginHead> make_head(const Gpu& gpu, const Problem& p, const Lo
   Execution execution;
   execution.precision = precision;
   auto head = cuda::make_cuda_head({p.classes, p.dim, loss, implementation}, execution,
-                                   gpu.libraries.libraries().cublas_lt);
+                                   gpu.libraries.cublas_lt);
   head->set_weights(floats(p.w), floats(p.bias));
   return head;
 }
@@ -439,7 +436,7 @@ class DeviceHead {
     };
     memory_ = cuda::allocate_device(layout(cuda::Arena()), "a test");
     layout(cuda::Arena(memory_));
-    products_.emplace(gpu.libraries.libraries().cublas_lt, stream_.get(), workspace, kWorkspace);
+    products_.emplace(gpu.libraries.cublas_lt, stream_.get(), workspace, kWorkspace);
     head_->initialise(stream_);
     head_->write(cuda::HeadTensor::weights, floats(p.w), stream_);
     head_->write(cuda::HeadTensor::bias, floats(p.bias), stream_);
@@ -482,7 +479,7 @@ class DeviceHead {
     head_->read(tensor, values, stream_);
     return values;
   }
-  Floats grad_x(const Problem& p) { return get(grad_x_, p.x.size()); }
+  [[maybe_unused]] Floats grad_x(const Problem& p) { return get(grad_x_, p.x.size()); }
   const cuda::Stream& stream() const { return stream_; }
 
  private:
@@ -812,10 +809,11 @@ TEST_CASE("every size of a class row that the kernels tell apart") {
   }
 }
 
+#ifdef HARDMINE_SIMT  // needs the emulator
 TEST_CASE("more rows than the kernels over all rows have threads, chained and summed") {
   constexpr int kRows = 1100, kClasses = 70;
   std::mt19937 random(5);
-  simt::Buffer<int> labels(kRows, "labels"), class_rows(kClasses, "class_rows"),
+  Buffer<int> labels(kRows, "labels"), class_rows(kClasses, "class_rows"),
       next_row(kRows, "next_row");
   for (int i = 0; i < kRows; ++i) labels[static_cast<size_t>(i)] = static_cast<int>(random() % 60);
   class_rows.fill(cuda::kNoRow);
@@ -834,15 +832,15 @@ TEST_CASE("more rows than the kernels over all rows have threads, chained and su
     CHECK(row == cuda::kNoRow);
   }
 
-  simt::Buffer<hardmine::SoftmaxSum<float>> sums(kRows, "sums");
-  simt::Buffer<cuda::RowTarget> targets(kRows, "targets");
-  simt::Buffer<cuda::SimilarityPart> similarity(1, "similarity");
-  simt::Buffer<float> base(kRows, "base_loss"), weighted(kRows, "weighted_loss"),
+  Buffer<hardmine::SoftmaxSum<float>> sums(kRows, "sums");
+  Buffer<cuda::RowTarget> targets(kRows, "targets");
+  Buffer<cuda::SimilarityPart> similarity(1, "similarity");
+  Buffer<float> base(kRows, "base_loss"), weighted(kRows, "weighted_loss"),
       row_scale(1, "row_scale");
-  simt::Buffer<cuda::RowGradient> gradients(kRows, "gradients");
-  simt::Buffer<int> non_finite(1, "non_finite");
-  simt::Buffer<cuda::StepRecord> record(1, "record");
-  simt::Buffer<unsigned long long> steps(1, "steps");
+  Buffer<cuda::RowGradient> gradients(kRows, "gradients");
+  Buffer<int> non_finite(1, "non_finite");
+  Buffer<cuda::StepRecord> record(1, "record");
+  Buffer<unsigned long long> steps(1, "steps");
   const LossSpec loss_spec = margin_loss(1, 0, 0);
   const hardmine::Weighting& weighting = loss_spec.weighting;
   similarity[0] = {30, 60};
@@ -895,6 +893,7 @@ TEST_CASE("more rows than the kernels over all rows have threads, chained and su
   CHECK(scaled >= 512);
   CHECK(std::exp2(std::round(std::log2(row_scale[0]))) == row_scale[0]);
 }
+#endif
 
 TEST_CASE("16-bit operands stay close to the double reference") {
   Gpu gpu;
@@ -1280,8 +1279,7 @@ TEST_CASE("wrong input and settings are refused with the CPU head's sentences") 
   Execution two;
   two.topology.world = 2;
   CHECK(error_of([&] {
-          cuda::make_cuda_head({5, 4, spec, Implementation::fused}, two,
-                               gpu.libraries.libraries().cublas_lt);
+          cuda::make_cuda_head({5, 4, spec, Implementation::fused}, two, gpu.libraries.cublas_lt);
         }).find("in one process, not in 2") != std::string::npos);
 }
 
@@ -1324,6 +1322,7 @@ TEST_CASE("what is not finite is named, and the weights stay") {
   }
 }
 
+#ifdef HARDMINE_SIMT  // needs the emulator
 TEST_CASE("a head that does not fit says how much it wanted, and a smaller batch still runs") {
   Gpu gpu;
   const LossSpec spec = margin_loss(1, 0.5, 0);
@@ -1338,3 +1337,4 @@ TEST_CASE("a head that does not fit says how much it wanted, and a smaller batch
   CHECK(error.find("at batch 20000") != std::string::npos);
   check_fp32(p, spec, forward_backward(*head, p));
 }
+#endif

@@ -10,13 +10,13 @@
 #include <string>
 #include <vector>
 
+#include <device_under_test.h>
 #include "core/error.h"
 #include "cuda/embedder.h"
 #include "cuda/head.h"
 #include "cuda/network.h"
 #include "cuda/session.h"
 #include "test/native/network_reference.h"
-#include "test/simt/fake_libraries.h"
 
 using namespace hardmine;
 using namespace hardmine::testing;
@@ -37,15 +37,6 @@ Execution in(Precision precision) {
   execution.deterministic = true;  // plans without timing
   return execution;
 }
-
-// A device and its libraries, as long as a test.
-struct Gpu {
-  explicit Gpu(uint64_t seed = 1, size_t memory_bytes = size_t{1} << 30)
-      : device({.memory_bytes = memory_bytes, .major = 8, .seed = seed}) {}
-  simt::FakeLibraries fakes;
-  simt::Device device;  // of the generation with the smaller workspaces
-  cuda::Libraries libraries = fakes.libraries();
-};
 
 std::string error_of(const std::function<void()>& f, const char* code) {
   try {
@@ -425,6 +416,7 @@ TEST_CASE("CUDA: what goes wrong in a session is said, and it stays usable where
   CHECK(read_tensor(*session, "a.conv1.weight") != weights);
 }
 
+#ifdef HARDMINE_SIMT  // needs the emulator
 TEST_CASE("CUDA: a batch too large is refused with one that fits, which then trains") {
   Gpu gpu(1, size_t{32} << 20);
   const auto make = [&](int64_t batch) {
@@ -443,3 +435,4 @@ TEST_CASE("CUDA: a batch too large is refused with one that fits, which then tra
   std::vector<StepStats> stats(1);
   CHECK(session->train(batch, std::vector<StepSettings>(1), stats, kGoOn) == 1);
 }
+#endif
