@@ -19,6 +19,7 @@ import { basename, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import sharp from 'sharp';
 import { type AlignFolderOptions, alignFolder } from '../src/align/align-folder.js';
+import { exportNetworks } from '../src/align/mtcnn-weights.js';
 import { faceTemplate, type Point } from '../src/align/similarity.js';
 import { openAligner } from '../src/cli/align-options.js';
 import { RandomStream } from '../src/data/random.js';
@@ -463,6 +464,31 @@ describe('hardmine align', function () {
         await refused(align({ mtcnn: weights }), 'ERR_FORMAT', /det2\.npy/);
       }
       await assert.rejects(stat(at('out')), { code: 'ENOENT' });
+    });
+
+    it('takes the networks as the ONNX files that export writes, and refuses others', async () => {
+      await copyPhotographs();
+      const onnx = at('onnx');
+      assert.deepEqual(await exportNetworks(mtcnn, onnx), [
+        join(onnx, 'det1.onnx'),
+        join(onnx, 'det2.onnx'),
+        join(onnx, 'det3.onnx'),
+      ]);
+      await align({ mtcnn });
+      const landmarks = await readFile(at('out', 'landmarks.tsv'), 'utf8');
+      assert.ok(landmarks.split('\n').length > 2);
+      await rm(at('out'), { recursive: true });
+      await align({ mtcnn: onnx });
+      assert.equal(await readFile(at('out', 'landmarks.tsv'), 'utf8'), landmarks);
+      await rm(at('out'), { recursive: true });
+      await copyFile(join(onnx, 'det2.onnx'), join(onnx, 'det3.onnx'));
+      await refused(
+        align({ mtcnn: onnx }),
+        'ERR_FORMAT',
+        /det3\.onnx goes from image to .*export --mtcnn/,
+      );
+      await writeFile(join(onnx, 'det3.onnx'), 'no model');
+      await refused(align({ mtcnn: onnx }), 'ERR_FORMAT', /det3\.onnx is no model/);
     });
 
     it('answers an image without a face and wrong usage with one sentence and its code', async () => {

@@ -80,6 +80,13 @@ export const NETWORKS = {
 } as const satisfies Record<string, Network>;
 
 export type NetworkName = keyof typeof NETWORKS;
+export const NETWORK_NAMES = ['det1', 'det2', 'det3'] as const satisfies NetworkName[];
+
+/** Names of a network's outputs. */
+export const outputsOf = (name: NetworkName): string[] => [
+  'face',
+  ...Object.keys(NETWORKS[name].regressions),
+];
 
 function conv(
   name: string,

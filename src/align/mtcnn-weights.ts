@@ -1,11 +1,17 @@
-/** MTCNN's weights as the facenet project publishes them: det1.npy, det2.npy and det3.npy. */
+/** MTCNN's networks from a folder: the facenet project's det1.npy to det3.npy, or det1.onnx to det3.onnx made of them. */
 import { join } from 'node:path';
-import { exists, readFileBounded } from '../data/files.js';
+import { exists, ioError, makeFolders, readFileBounded } from '../data/files.js';
 import { HardmineError } from '../errors.js';
+import { writeFileAtomic } from '../formats/atomic.js';
 import { readNpyObject } from '../formats/npy.js';
 import { PickledArray, type PickleValue } from '../formats/pickle.js';
-import type { NetworkName } from './mtcnn-networks.js';
-import { encodeNetwork, type LayerTensor, type LayerWeights, NETWORKS } from './mtcnn-networks.js';
+import {
+  encodeNetwork,
+  type LayerTensor,
+  type LayerWeights,
+  NETWORK_NAMES,
+  type NetworkName,
+} from './mtcnn-networks.js';
 
 /** The largest, det3.npy, has 1.5 MB. */
 const MAX_BYTES = 16 * 2 ** 20;
@@ -14,16 +20,24 @@ const MAX_BYTES = 16 * 2 ** 20;
 export const WEIGHTS_SOURCE =
   'det1.npy, det2.npy and det3.npy are published by the facenet project in its folder src/align (github.com/davidsandberg/facenet, MIT licence)';
 
+/** A network as ONNX, and the file that it is from. */
+export interface NetworkFile {
+  path: string;
+  onnx: Uint8Array;
+}
+
 /**
- * The three networks of a folder with det1.npy, det2.npy and det3.npy, as ONNX.
+ * The three networks of a folder as ONNX: of each det1.onnx as it stands (what is in it, whoever runs it
+ * finds out), or else made from det1.npy.
  *
  * @throws HardmineError ERR_DATA when a file is not there, saying where it is published; ERR_IO,
- *   ERR_FORMAT when it is damaged or holds other layers
+ *   ERR_FORMAT when a .npy is damaged or holds other layers
  */
-export async function readNetworks(folder: string): Promise<Record<NetworkName, Uint8Array>> {
-  const networks = {} as Record<NetworkName, Uint8Array>;
-  for (const name of Object.keys(NETWORKS) as NetworkName[]) {
-    const path = join(folder, `${name}.npy`);
+export async function readNetworks(folder: string): Promise<Record<NetworkName, NetworkFile>> {
+  const networks = {} as Record<NetworkName, NetworkFile>;
+  for (const name of NETWORK_NAMES) {
+    const onnx = join(folder, `${name}.onnx`);
+    const path = (await exists(onnx)) ? onnx : join(folder, `${name}.npy`);
     if (!(await exists(path))) {
       throw new HardmineError(
         'ERR_DATA',
@@ -31,9 +45,29 @@ export async function readNetworks(folder: string): Promise<Record<NetworkName, 
       );
     }
     const bytes = await readFileBounded(path, MAX_BYTES, "a file of MTCNN's weights");
-    networks[name] = encodeNetwork(name, layersOf(readNpyObject(bytes, path)), path);
+    networks[name] = {
+      path,
+      onnx: path === onnx ? bytes : encodeNetwork(name, layersOf(readNpyObject(bytes, path)), path),
+    };
   }
   return networks;
+}
+
+/** Writes the networks of `folder` as det1.onnx, det2.onnx and det3.onnx into `out`, which is made. */
+export async function exportNetworks(folder: string, out: string): Promise<string[]> {
+  const networks = await readNetworks(folder);
+  try {
+    await makeFolders(out);
+  } catch (error) {
+    throw ioError(out, 'written', error, 'give a folder that can be made');
+  }
+  const written: string[] = [];
+  for (const name of NETWORK_NAMES) {
+    const path = join(out, `${name}.onnx`);
+    await writeFileAtomic(path, [networks[name].onnx]);
+    written.push(path);
+  }
+  return written;
 }
 
 /** A dictionary of dictionaries of float32 arrays; whatever else it holds is left out, to be missed. */

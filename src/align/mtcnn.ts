@@ -9,7 +9,7 @@ import type { Pixels } from '../data/images.js';
 import { HardmineError } from '../errors.js';
 import { loadOnnxRuntime, type OnnxRuntime } from '../formats/onnx-runtime.js';
 import { type Box, type ScoredBox, squared, suppress } from './boxes.js';
-import { type NetworkName, WINDOW } from './mtcnn-networks.js';
+import { type NetworkName, outputsOf, WINDOW } from './mtcnn-networks.js';
 import { readNetworks } from './mtcnn-weights.js';
 import { LANDMARKS, type Point, warp } from './similarity.js';
 
@@ -46,6 +46,14 @@ interface Judged extends ScoredBox {
   regression: readonly number[];
 }
 
+function wrongNetwork(path: string, what: string, cause?: unknown): HardmineError {
+  return new HardmineError(
+    'ERR_FORMAT',
+    `${path} ${what}: write it anew with hardmine export --mtcnn from det1.npy, det2.npy and det3.npy.`,
+    { cause },
+  );
+}
+
 export class Mtcnn {
   readonly #runtime: OnnxRuntime;
   readonly #sessions: Record<NetworkName, InferenceSession>;
@@ -62,21 +70,40 @@ export class Mtcnn {
   }
 
   /**
-   * @param folder holds det1.npy, det2.npy and det3.npy
+   * @param folder holds det1.npy, det2.npy and det3.npy, or the same as .onnx
    * @param minFace side of the smallest face to look for, in pixels, from 12 up
    * @param threads of ONNX Runtime; 0: physical cores
    */
   static async load(folder: string, minFace: number, threads: number): Promise<Mtcnn> {
     const networks = await readNetworks(folder);
     const runtime = await loadOnnxRuntime('Finding faces');
-    const open = (name: NetworkName): Promise<InferenceSession> =>
-      runtime.InferenceSession.create(networks[name], {
-        intraOpNumThreads: threads,
-        // Plans of memory are kept for each shape of input, and photographs come in all shapes.
-        enableMemPattern: false,
-        // A thread that waits would otherwise spin and take the core from those that decode images.
-        extra: { session: { intra_op: { allow_spinning: '0' } } },
-      });
+    const open = async (name: NetworkName): Promise<InferenceSession> => {
+      const { path, onnx } = networks[name];
+      let session: InferenceSession;
+      try {
+        session = await runtime.InferenceSession.create(onnx, {
+          intraOpNumThreads: threads,
+          // Plans of memory are kept for each shape of input, and photographs come in all shapes.
+          enableMemPattern: false,
+          // A thread that waits would otherwise spin and take the core from those that decode images.
+          extra: { session: { intra_op: { allow_spinning: '0' } } },
+        });
+      } catch (cause) {
+        throw wrongNetwork(path, 'is no model that ONNX Runtime can run', cause);
+      }
+      const { inputNames, outputNames } = session;
+      if (
+        inputNames.join() !== 'image' ||
+        [...outputNames].sort().join() !== outputsOf(name).sort().join()
+      ) {
+        await session.release();
+        throw wrongNetwork(
+          path,
+          `goes from ${inputNames.join(', ')} to ${outputNames.join(', ')}, another network`,
+        );
+      }
+      return session;
+    };
     const sessions = {
       det1: await open('det1'),
       det2: await open('det2'),

@@ -1,9 +1,9 @@
 import { createHash } from 'node:crypto';
 import { readFile } from 'node:fs/promises';
-import { basename, join } from 'node:path';
+import { basename } from 'node:path';
 import { type Command, Option } from 'commander';
 import { FaceAligner } from '../align/aligner.js';
-import { NETWORKS } from '../align/mtcnn-networks.js';
+import { readNetworks } from '../align/mtcnn-weights.js';
 import { HardmineError } from '../errors.js';
 import { evaluateBin } from '../evaluate/bin.js';
 import { evaluateCfp } from '../evaluate/cfp.js';
@@ -261,9 +261,7 @@ async function cacheKey(model: string, { precision, mtcnn }: Options): Promise<s
     .update(precision)
     .update(await readFile(model));
   if (mtcnn) {
-    for (const name of Object.keys(NETWORKS)) {
-      hash.update(await readFile(join(mtcnn, `${name}.npy`)));
-    }
+    for (const { onnx } of Object.values(await readNetworks(mtcnn))) hash.update(onnx);
   }
   return hash.digest('hex');
 }

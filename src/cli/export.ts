@@ -1,10 +1,12 @@
 import type { Command } from 'commander';
+import { exportNetworks } from '../align/mtcnn-weights.js';
 import { HardmineError } from '../errors.js';
 import { FaceModel } from '../model.js';
 import { type CommonOptions, makeCommand, output } from './command.js';
 
 interface Options extends CommonOptions {
-  model: string;
+  model?: string;
+  mtcnn?: string;
   out: string;
   check?: true;
 }
@@ -12,16 +14,32 @@ interface Options extends CommonOptions {
 export function exportCommand(): Command {
   return makeCommand(
     'export',
-    'Write a model as ONNX, batch-norm folded, for any number of images.',
+    "Write a model as ONNX, batch-norm folded, for any number of images; or MTCNN's networks.",
     'hardmine export --model runs/first/best.safetensors --out face.onnx --check',
   )
-    .requiredOption('--model <file>', 'model (.safetensors)')
-    .requiredOption('--out <file.onnx>', 'ONNX file')
+    .option('--model <file>', 'model (.safetensors)')
+    .option(
+      '--mtcnn <dir>',
+      "instead of a model: folder with MTCNN's det1.npy, det2.npy and det3.npy",
+    )
+    .requiredOption('--out <path>', 'ONNX file; of --mtcnn the folder for det1.onnx to det3.onnx')
     .option('--check', 'run it in ONNX Runtime and compare on 64 images')
-    .action(exportModel);
+    .action(async ({ model, mtcnn, ...options }: Options) => {
+      if ((model === undefined) === (mtcnn === undefined)) {
+        throw new HardmineError('ERR_CONFIG', 'give either --model or --mtcnn');
+      }
+      if (model !== undefined) await exportModel({ ...options, model });
+      else await exportMtcnn(mtcnn!, options);
+    });
 }
 
-async function exportModel(options: Options): Promise<void> {
+async function exportMtcnn(folder: string, { out, json }: Options): Promise<void> {
+  const files = await exportNetworks(folder, out);
+  if (json) output.json({ out: files });
+  else output.result(files.join('\n'));
+}
+
+async function exportModel(options: Options & { model: string }): Promise<void> {
   const model = await FaceModel.load(options.model);
   try {
     await model.exportOnnx(options.out);
