@@ -2,12 +2,9 @@
  * The part of ONNX's onnx.proto that the writer uses, with that schema's names and field numbers,
  * for protobufjs.
  */
-import protobuf from 'protobufjs/light.js';
+import { buildSchema, type Messages } from './protobuf.js';
 
-type Field = [type: string, number: number, rule?: 'repeated'];
-
-/** proto2, as onnx.proto is: repeated numbers are not packed unless the schema says so. */
-const messages: Record<string, Record<string, Field>> = {
+const messages: Messages = {
   ModelProto: {
     irVersion: ['int64', 1],
     producerName: ['string', 2],
@@ -53,17 +50,4 @@ const messages: Record<string, Record<string, Field>> = {
 export const AttributeType = { int: 2, ints: 7 } as const;
 export const DataType = { float: 1, uint8: 2 } as const;
 
-function buildSchema(): protobuf.Root {
-  const root = new protobuf.Root();
-  for (const [name, fields] of Object.entries(messages)) {
-    const type = new protobuf.Type(name);
-    for (const [field, [fieldType, number, rule]] of Object.entries(fields)) {
-      type.add(new protobuf.Field(field, number, fieldType, rule));
-    }
-    root.add(type);
-  }
-  root.resolveAll();
-  return root;
-}
-
-export const ModelProto = buildSchema().lookupType('ModelProto');
+export const ModelProto = buildSchema(messages, 'proto2').lookupType('ModelProto');

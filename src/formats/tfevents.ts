@@ -6,14 +6,11 @@
 import { type FileHandle, open } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
-import protobuf from 'protobufjs/light.js';
 import { HardmineError } from '../errors.js';
+import { buildSchema, type Messages } from './protobuf.js';
 import { crc32c } from './recordio.js';
 
-type Field = [type: string, number: number, rule?: 'repeated'];
-
-/** proto3: repeated numbers are packed. */
-const messages: Record<string, Record<string, Field>> = {
+const messages: Messages = {
   Event: {
     wallTime: ['double', 1],
     step: ['int64', 2],
@@ -48,22 +45,7 @@ const messages: Record<string, Record<string, Field>> = {
   PluginData: { pluginName: ['string', 1] },
 };
 
-const Event = protobuf.Root.fromJSON({
-  nested: Object.fromEntries(
-    Object.entries(messages).map(([name, fields]) => [
-      name,
-      {
-        fields: Object.fromEntries(
-          Object.entries(fields).map(([field, [type, id, rule]]) => [
-            field,
-            // Strings and bytes cannot be packed, messages neither: protobufjs knows which may.
-            { type, id, ...(rule && { rule, options: { packed: type === 'double' } }) },
-          ]),
-        ),
-      },
-    ]),
-  ),
-}).lookupType('Event');
+const Event = buildSchema(messages, 'proto3').lookupType('Event');
 
 /** tensorflow/core/framework/types.proto: DT_STRING. */
 const STRING_TYPE = 7;
