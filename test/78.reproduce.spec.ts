@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { configHash } from '../src/config.js';
 import { HardmineError } from '../src/errors.js';
+import { renderExperiment } from '../src/report/experiment-report.js';
 import { type Experiment, resolveExperiment, runConfig } from '../src/reproduce/experiment.js';
 import { presets } from '../src/reproduce/presets.js';
 import { summarise } from '../src/reproduce/results.js';
@@ -206,6 +207,31 @@ describe('the result of an experiment', () => {
       comparison({ CE: [null, decisions(0, 6)], 'HM-CE': [decisions(0, 9), null] }),
       null,
     );
+  });
+
+  it('is a report that escapes text from outside, with the curves of rows that are compared together', () => {
+    const result = summarise(
+      { ...experiment, note: '<script>alert(1)</script>', data: '/faces/<b>.rec' },
+      runs({ CE: [decisions(0, 4)], 'HM-CE': [decisions(0, 2)] }),
+    );
+    const lines = [1, 2, 3].map((step) => ({
+      step,
+      epoch: 1,
+      baseLoss: 4 / step,
+      accuracy: step / 4,
+    }));
+    const metrics = new Map([
+      ['CE', lines],
+      ['HM-CE', lines.map((line) => ({ ...line, baseLoss: line.baseLoss / 2 }))],
+    ]);
+    const html = renderExperiment(result, metrics, 'today');
+    assert.doesNotMatch(html, /<script|<b>/);
+    assert.match(html, /&#60;script&#62;alert\(1\)/);
+    assert.match(html, /<th scope="row">HM-CE<\/th><td>95\.00% \(one seed\)<\/td>/);
+    // One family, whose base loss and accuracy are drawn with both rows.
+    assert.equal(html.match(/<svg /g)?.length, 2);
+    assert.match(html, /CE ends at 1\.33; HM-CE ends at 0\.667/);
+    assert.equal(renderExperiment(result, metrics, 'today'), html);
   });
 
   it('is written as a table with the published figures beside ours', () => {

@@ -45,7 +45,7 @@ p{margin:.3rem 0 1rem;max-width:46rem}
 table{border-collapse:collapse;width:100%;font-size:.93rem}
 caption{text-align:left;padding:12px 16px 4px;font-weight:600}
 th,td{padding:8px 16px;text-align:right;white-space:nowrap;border-top:1px solid var(--rule);vertical-align:top}
-thead th{border-top:0;color:var(--muted);font-weight:500;font-size:.85rem;}
+thead th{border-top:0;color:var(--muted);font-weight:500;font-size:.85rem;white-space:normal;vertical-align:bottom}
 th:first-child{text-align:left}
 tbody th{font-weight:600}
 tbody tr:first-child.first th,tbody tr:first-child.first td{background:color-mix(in srgb,var(--s1) 9%,transparent)}

@@ -37,12 +37,12 @@ export function comparisonTexts({ against, differences, test, verdict }: Compari
 export function tableHead({ publishedData }: ExperimentResult): string[] {
   return [
     'loss',
-    'accuracy: mean ± std over seeds',
+    'accuracy, mean ± std',
     `published (${publishedData || 'no figure'})`,
     'against',
-    'difference, points, by seed',
+    'difference by seed (points)',
     'right alone: this / other',
-    "p (McNemar's, seeds pooled)",
+    'p, seeds pooled',
     'verdict',
   ];
 }
