@@ -10,6 +10,7 @@ import { promisify } from 'node:util';
 import { HardmineError } from '../src/errors.js';
 import { PickledArray, type PickleValue, readPickle } from '../src/formats/pickle.js';
 import { readVerificationBin, writeVerificationBin } from '../src/formats/verification-bin.js';
+import { seeded } from './helpers/random.js';
 import { shared } from './helpers/skip.js';
 
 // Pickles written by hand: numbers are opcodes or operands, text stands for its latin-1 bytes.
@@ -55,17 +56,6 @@ function refused(bytes: Uint8Array, message: RegExp): void {
       return true;
     },
   );
-}
-
-/** A generator of numbers below `below` that every run repeats (mulberry32). */
-function seeded(seed: number): (below: number) => number {
-  let state = seed;
-  return (below) => {
-    state = (state + 0x6d2b79f5) | 0;
-    let t = Math.imul(state ^ (state >>> 15), 1 | state);
-    t ^= t + Math.imul(t ^ (t >>> 7), 61 | t);
-    return ((t ^ (t >>> 14)) >>> 0) % below;
-  };
 }
 
 /** An array of `shape` as NumPy 2 pickles it in protocol 4; `type` and `order` are its dtype's. */

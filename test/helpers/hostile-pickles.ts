@@ -3,6 +3,7 @@
  * can be told, and prints what came of it.
  */
 import { readPickle } from '../../src/formats/pickle.js';
+import { forgetPeak, peakBytes, residentBytes } from './memory.js';
 
 const BYTES = 2 ** 21;
 
@@ -23,7 +24,8 @@ const inputs = [
 ];
 
 const messages: string[] = [];
-const kibibytes = process.resourceUsage().maxRSS;
+forgetPeak();
+const before = residentBytes();
 for (const input of inputs) {
   globalThis.gc?.(); // what the one before took is not this one's
   try {
@@ -32,5 +34,5 @@ for (const input of inputs) {
     messages.push(String(error));
   }
 }
-const grown = 1024 * (process.resourceUsage().maxRSS - kibibytes);
+const grown = peakBytes() - before;
 process.stdout.write(JSON.stringify({ grown, inputs: BYTES, messages }));

@@ -7,13 +7,15 @@ import sharp from 'sharp';
 import { inspectDataset } from '../../src/data/inspect.js';
 import { packDataset } from '../../src/data/pack.js';
 import { loadAddon } from '../../src/native.js';
+import { forgetPeak, peakBytes, residentBytes } from './memory.js';
 
 await loadAddon('cpu');
 await sharp({ create: { width: 112, height: 112, channels: 3, background: 'red' } })
   .jpeg()
   .toBuffer();
 const [command, ...paths] = process.argv.slice(2);
-const kibibytes = process.resourceUsage().maxRSS;
+forgetPeak();
+const before = residentBytes();
 const outcomes: unknown[] = [];
 if (command === 'pack') {
   const [input, out, keep] = paths;
@@ -23,5 +25,5 @@ if (command === 'pack') {
     outcomes.push(await inspectDataset(path).catch((error: unknown) => String(error)));
   }
 }
-const grown = 1024 * (process.resourceUsage().maxRSS - kibibytes);
+const grown = peakBytes() - before;
 process.stdout.write(JSON.stringify({ grown, outcomes }));
