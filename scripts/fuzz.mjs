@@ -59,7 +59,7 @@ function run(options, onDefect) {
       const message = JSON.parse(line);
       if (message.type === 'at') reached = message.index;
       else if (message.type === 'done') done = message;
-      else onDefect(message.what, Buffer.from(message.input, 'base64'));
+      else onDefect(message.sort, message.what, Buffer.from(message.input, 'base64'));
     });
     child.on('error', reject);
     child.on('close', (status, signal) => {
@@ -70,16 +70,13 @@ function run(options, onDefect) {
   });
 }
 
-/** What a defect is told by: its sentence or the place in the source, without numbers. */
-const kindOf = (what) => what.split('\n').slice(0, 3).join('\n').replace(/\d+/g, '0');
-
 async function fuzz(target, { from, inputs, seconds }) {
   const kinds = new Map();
-  const save = (what, input) => {
-    if (kinds.has(kindOf(what))) return;
+  const save = (sort, what, input) => {
+    if (kinds.has(sort)) return;
     const digest = createHash('sha256').update(input).digest('hex').slice(0, 12);
     const path = join(corpusOf(target), `defect-${digest}`);
-    kinds.set(kindOf(what), path);
+    kinds.set(sort, path);
     writeFileSync(path, input);
     console.log(`${target}: ${what}\n  saved as ${path}`);
   };
@@ -114,7 +111,11 @@ async function fuzz(target, { from, inputs, seconds }) {
       );
       if (again.done || next === again.reached)
         throw new Error(`${target} ended by ${end}: ${stderr}`);
-      save(`the process ended by ${again.end}\n${again.stderr.slice(0, 4000)}`, readFileSync(keep));
+      save(
+        again.end,
+        `the process ended by ${again.end}\n${again.stderr.slice(0, 4000)}`,
+        readFileSync(keep),
+      );
       next = again.reached + 1;
       total.inputs = next - from;
     }

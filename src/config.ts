@@ -5,8 +5,11 @@
 import { createHash } from 'node:crypto';
 import { resolve } from 'node:path';
 import { z } from 'zod';
-import { HardmineError } from './errors.js';
+import { HardmineError, oneLine, quote } from './errors.js';
 import type { BaseLoss, LossSettings } from './loss.js';
+
+/** A configuration file has one or two kilobytes; what is much larger is none. */
+export const MAX_CONFIG_BYTES = 2 ** 20;
 
 const positive = () => z.number().positive();
 const count = () => z.int().min(1);
@@ -300,10 +303,13 @@ function configError(message: string): HardmineError {
   return new HardmineError('ERR_CONFIG', message);
 }
 
-/** Levenshtein's distance, letters compared without case. */
+/** More of a name than any of ours has. */
+const MAX_COMPARED = 64;
+
+/** Levenshtein's distance of `a`'s beginning from `b`, letters compared without case. */
 function editDistance(a: string, b: string): number {
   let row = Array.from({ length: b.length + 1 }, (_, i) => i);
-  for (const [i, x] of [...a.toLowerCase()].entries()) {
+  for (const [i, x] of [...a.slice(0, MAX_COMPARED).toLowerCase()].entries()) {
     const next = [i + 1];
     for (const [j, y] of [...b.toLowerCase()].entries()) {
       next.push(Math.min(row[j + 1]! + 1, next[j]! + 1, row[j]! + (x === y ? 0 : 1)));
@@ -327,12 +333,19 @@ function knownKeys(path: readonly PropertyKey[]): string[] {
   return Object.keys(configSchema.shape);
 }
 
+/** Of a value that may be anything; a deep one would take JSON.stringify beyond the stack. */
+function shortJson(value: unknown): string {
+  if (typeof value === 'string') return quote(value);
+  if (typeof value !== 'object' || value === null) return String(JSON.stringify(value));
+  return Array.isArray(value) ? `a list of ${value.length}` : 'an object';
+}
+
 function issueSentence(issue: z.core.$ZodIssue, found: unknown): string {
   if (issue.code === 'unrecognized_keys') {
     const key = issue.keys[0] ?? '';
     const shown = [...issue.path, key].map(String).join('.');
     const suggestion = nearest(key, knownKeys(issue.path));
-    return `the configuration has an unknown key "${shown}": the nearest known one is "${suggestion}"`;
+    return `the configuration has an unknown key ${quote(shown)}: the nearest known one is "${suggestion}"`;
   }
   const name = issue.path.map(String).join('.');
   let value: unknown = found;
@@ -341,7 +354,7 @@ function issueSentence(issue: z.core.$ZodIssue, found: unknown): string {
   }
   if (value === undefined) return `the configuration lacks "${name}": give it as --${kebab(name)}`;
   const expectation = issue.message.replace(/^Invalid (input|option|string): /, '');
-  return `the configuration's "${name}" is ${JSON.stringify(value)}: ${expectation}`;
+  return `the configuration's "${name}" is ${shortJson(value)}: ${oneLine(expectation)}`;
 }
 
 /** camelCase to kebab-case; the single letters A and B stay as they are. */
@@ -419,7 +432,7 @@ export function resolveConfig(input: unknown): Config {
   for (const [i, milestone] of parsed.milestones.entries()) {
     if (i > 0 && milestone <= parsed.milestones[i - 1]!) {
       throw configError(
-        `the configuration's "milestones" are ${JSON.stringify(parsed.milestones)}: they must ascend`,
+        `the configuration's "milestones" are ${oneLine(JSON.stringify(parsed.milestones))}: they must ascend`,
       );
     }
   }

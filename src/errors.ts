@@ -32,7 +32,26 @@ export class HardmineError extends Error {
   }
 }
 
-/** Text from outside for an error's sentence: it may be long or hold control characters. */
+/** What terminals obey, what breaks lines and what turns the direction of text. */
+// biome-ignore lint/suspicious/noControlCharactersInRegex: they are what is looked for
+const UNPRINTABLE = /[\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069]/g;
+/** As much of a foreign text as a message shows. */
+const MAX_QUOTED = 80;
+/** A system's or a library's own sentence may be longer. */
+const MAX_FOREIGN = 300;
+
+const cut = (text: string, most: number): string =>
+  text.length > most ? `${text.slice(0, most)}...` : text;
+
+/** Text from outside in a message: in quotes, short, and harmless to a terminal. */
 export function quote(text: string): string {
-  return JSON.stringify(text.length > 80 ? `${text.slice(0, 80)}...` : text);
+  return JSON.stringify(cut(text, MAX_QUOTED)).replace(
+    UNPRINTABLE,
+    (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, '0')}`,
+  );
+}
+
+/** What another program says, as part of a message: one line that is not too long. */
+export function oneLine(text: string): string {
+  return cut(text.replace(UNPRINTABLE, ' '), MAX_FOREIGN);
 }

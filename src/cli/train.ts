@@ -1,7 +1,8 @@
-import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Command } from 'commander';
-import { HardmineError } from '../errors.js';
+import { MAX_CONFIG_BYTES } from '../config.js';
+import { readFileBounded } from '../data/files.js';
+import { HardmineError, oneLine } from '../errors.js';
 import { evaluationFigures } from '../train/evaluation.js';
 import { Trainer } from '../trainer.js';
 import { type CommonOptions, makeCommand, output, percent } from './command.js';
@@ -40,7 +41,7 @@ async function baseConfig(
 async function readConfig(path: string): Promise<Record<string, unknown>> {
   let text: string;
   try {
-    text = await readFile(path, 'utf8');
+    text = (await readFileBounded(path, MAX_CONFIG_BYTES, 'a configuration')).toString('utf8');
   } catch (cause) {
     throw new HardmineError(
       'ERR_CONFIG',
@@ -54,7 +55,7 @@ async function readConfig(path: string): Promise<Record<string, unknown>> {
   } catch (cause) {
     throw new HardmineError(
       'ERR_CONFIG',
-      `the configuration ${path} is not JSON (${cause instanceof Error ? cause.message : String(cause)}): mend it there`,
+      `the configuration ${path} is not JSON (${oneLine(cause instanceof Error ? cause.message : String(cause))}): mend it there`,
       { cause },
     );
   }

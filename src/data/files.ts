@@ -1,7 +1,7 @@
 import { constants } from 'node:fs';
 import { type FileHandle, mkdir, open, stat } from 'node:fs/promises';
 import { dirname } from 'node:path';
-import { HardmineError } from '../errors.js';
+import { HardmineError, oneLine } from '../errors.js';
 
 /** How far some work on a data set is. */
 export interface DataProgress {
@@ -23,7 +23,7 @@ export interface DataOptions {
  */
 export function ioError(path: string, verb: string, error: unknown, remedy: string): HardmineError {
   if (error instanceof HardmineError) return error;
-  const reason = error instanceof Error ? error.message : String(error);
+  const reason = oneLine(error instanceof Error ? error.message : String(error));
   return new HardmineError('ERR_IO', `${path} could not be ${verb} (${reason}): ${remedy}.`, {
     cause: error,
   });

@@ -6,7 +6,7 @@
 import { createHash } from 'node:crypto';
 import { open, realpath, stat } from 'node:fs/promises';
 import { dirname, join, normalize, sep } from 'node:path';
-import { quote } from '../errors.js';
+import { oneLine, quote } from '../errors.js';
 import { type DataOptions, ioError, throwIfAborted } from './files.js';
 import { dataError, type ImageSource } from './image-source.js';
 import { readImageFile } from './images.js';
@@ -90,7 +90,7 @@ function parse(bytes: Buffer, name: string): { label: number; image: string } {
   }
   const plain = normalize(image);
   // biome-ignore lint/suspicious/noControlCharactersInRegex: a path with them is damage
-  const strange = /[\u0000-\u001f\u007f\ufffd]/.test(image) || image === '';
+  const strange = /[\u0000-\u001f\u007f-\u009f\ufffd]/.test(image) || image === '';
   if (strange || plain.startsWith('/') || plain === '..' || plain.startsWith('../')) {
     throw dataError(
       `${name}: the path ${quote(image)} leads out of the list's folder: write paths below the folder that holds the list.`,
@@ -111,7 +111,7 @@ async function statInside(root: string, image: string, path: string, row: Row) {
     return await stat(full, { bigint: true });
   } catch (error) {
     throw ioError(
-      `${path}, line ${row.line}: the image ${full}`,
+      `${path}, line ${row.line}: the image ${oneLine(full)}`,
       'read',
       error,
       'move the list into the folder to which its paths are relative, or add the image',

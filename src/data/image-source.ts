@@ -104,7 +104,7 @@ export function isPlainName(name: string): boolean {
     name.length > 0 &&
     Buffer.byteLength(name) <= MAX_NAME_BYTES &&
     // biome-ignore lint/suspicious/noControlCharactersInRegex: names go into line-based files
-    !/[\u0000-\u001f\u007f\ufffd]/.test(name)
+    !/[\u0000-\u001f\u007f-\u009f\ufffd]/.test(name)
   );
 }
 

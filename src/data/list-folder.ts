@@ -28,7 +28,7 @@ export async function listFolder(folder: string, root: string): Promise<Entry[]>
     // Byte 0x2e is the leading dot of hidden files (.DS_Store, .git).
     if (entry.name[0] === 0x2e) continue;
     // biome-ignore lint/suspicious/noControlCharactersInRegex: names go into line-based files
-    if (!isUtf8(entry.name) || /[\u0000-\u001f\u007f]/.test(entry.name.toString())) {
+    if (!isUtf8(entry.name) || /[\u0000-\u001f\u007f-\u009f]/.test(entry.name.toString())) {
       throw new HardmineError(
         'ERR_DATA',
         `${folder} holds a name that is not plain UTF-8 text (bytes ${entry.name.toString('hex')}): rename it.`,

@@ -1,10 +1,10 @@
 /** Packed training sets (.rec, .idx), opened by the native reader, through which all training data go. */
 import { createHash } from 'node:crypto';
-import { open, readFile, stat } from 'node:fs/promises';
+import { open, stat } from 'node:fs/promises';
 import { packedFiles } from '../formats/recordio.js';
 import { loadAddon, type NativeRecords } from '../native.js';
-import { exists } from './files.js';
-import { dataError, type ImageSource } from './image-source.js';
+import { exists, readFileBounded } from './files.js';
+import { dataError, type ImageSource, isPlainName } from './image-source.js';
 
 /** What can be trained on: image folders (LFW's tree is one), RecordIO, MS-Celeb-1M's tables, im2rec's lists. */
 export type TrainingKind = 'folder' | 'recordio' | 'tsv' | 'lst';
@@ -59,9 +59,9 @@ async function readNames(path: string, identities: number): Promise<string[] | u
   if (!(await exists(path))) return undefined;
   // A folder's name has at most 255 bytes, and a line break.
   const limit = identities * 256;
-  const { size } = await stat(path);
-  const lines = size <= limit ? (await readFile(path, 'utf8')).split('\n') : [];
-  if (lines.pop() !== '' || lines.length !== identities) {
+  const text = await readFileBounded(path, limit, `${identities} names of identities`);
+  const lines = text.toString('utf8').split('\n');
+  if (lines.pop() !== '' || lines.length !== identities || !lines.every(isPlainName)) {
     throw dataError(
       `${path} does not hold one line for each of the ${identities} identities: restore the file that hardmine pack wrote, or delete it to go without names.`,
     );

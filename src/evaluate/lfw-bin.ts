@@ -1,10 +1,11 @@
 /** A verification .bin of own aligned images, from a list of pairs in LFW's form. */
-import { readFile, stat } from 'node:fs/promises';
-import { type DataOptions, exists, ioError, throwIfAborted } from '../data/files.js';
+import { stat } from 'node:fs/promises';
+import { type DataOptions, exists, throwIfAborted } from '../data/files.js';
 import { decodeImage, mapBounded, readImageFile } from '../data/images.js';
 import { HardmineError } from '../errors.js';
 import { writeVerificationBin } from '../formats/verification-bin.js';
 import { findImages, parseLfwPairs } from './lfw.js';
+import { readList } from './lists.js';
 
 /** Images read and checked together. */
 const CHUNK = 64;
@@ -35,9 +36,7 @@ export async function packLfwPairs(
       `${out} exists already and packing overwrites nothing: give another name or delete it.`,
     );
   }
-  const text = await readFile(list, 'utf8').catch((error: unknown) => {
-    throw ioError(list, 'read', error, "name LFW's pairs.txt with --pairs");
-  });
+  const text = await readList(list, '--pairs');
   const { images, pairs } = parseLfwPairs(text, list);
   const paths = await findImages(root, images);
   const rows = pairs.flatMap(({ a, b }) => [a, b]);

@@ -1,27 +1,32 @@
 /** What the lists of all protocols share: how they are read, and what is said of files that they miss. */
 
-import { readFile } from 'node:fs/promises';
 import { join } from 'node:path';
-import { exists } from '../data/files.js';
+import { exists, readFileBounded } from '../data/files.js';
 import { HardmineError } from '../errors.js';
 
 /** How many missing things an error names. */
 const LISTED = 10;
+/** The largest published list of pairs, IJB-C's, has 15,658,489 lines of some 15 bytes. */
+const MAX_BYTES = 2 ** 28;
 
 /**
  * The text of a list.
  *
  * @param option the command line's name for it
- * @throws HardmineError ERR_PROTOCOL when it cannot be read
+ * @throws HardmineError ERR_PROTOCOL when it cannot be read, ERR_DATA when it is no file or too large
  */
 export async function readList(path: string, option: string): Promise<string> {
-  return readFile(path, 'utf8').catch((cause: unknown) => {
+  try {
+    return (await readFileBounded(path, MAX_BYTES, 'a list of pairs')).toString('utf8');
+  } catch (error) {
+    if (!(error instanceof HardmineError) || error.code !== 'ERR_IO') throw error;
+    const { cause } = error;
     throw new HardmineError(
       'ERR_PROTOCOL',
       `The list ${path} could not be read (${cause instanceof Error ? cause.message : String(cause)}); name it with ${option}.`,
       { cause },
     );
-  });
+  }
 }
 
 /** Lines without a byte order mark, white space at their ends and empty lines at the end. */
@@ -63,5 +68,7 @@ export function refuseMissing(
 
 /** Whether a name from a list is a folder's or a file's and does not lead out of the data set. */
 export function isPlainName(name: string): boolean {
-  return name !== '' && name !== '.' && name !== '..' && !/[/\\\0]/.test(name);
+  // biome-ignore lint/suspicious/noControlCharactersInRegex: names go into messages and reports
+  const strange = /[/\\\u0000-\u001f\u007f-\u009f]/;
+  return name !== '' && name !== '.' && name !== '..' && !strange.test(name);
 }

@@ -1,7 +1,7 @@
 /** Embeddings of videos' frames on the disk, so that another aggregate or a stopped evaluation costs no second pass. */
 
 import { createHash } from 'node:crypto';
-import { readFile, stat } from 'node:fs/promises';
+import { stat } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { z } from 'zod';
 import { ioError, makeFolders, readFileBounded } from '../data/files.js';
@@ -9,6 +9,8 @@ import { mapBounded } from '../data/images.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { readNpyMatrix, writeNpy } from '../formats/npy.js';
 
+/** Two hashes and a number have some 200. */
+const MAX_NOTE_BYTES = 4096;
 /** A .npy's header is shorter. */
 const HEADER_BYTES = 256;
 
@@ -61,9 +63,9 @@ export class VideoCache {
   /** The rows of a video if they are there, whole, and of these very frames. */
   async take(video: string, frames: readonly string[]): Promise<VideoRows | null> {
     const path = join(this.folder, `${video}.npy`);
-    const text = await readFile(noteOf(path), 'utf8').catch(() => null);
+    const text = await readFileBounded(noteOf(path), MAX_NOTE_BYTES, 'a note').catch(() => null);
     if (text === null) return null; // never embedded, or not to the end
-    const note = parseNote(text);
+    const note = parseNote(text.toString('utf8'));
     const most = HEADER_BYTES + frames.length * this.rowLength * Float32Array.BYTES_PER_ELEMENT;
     const file = await readFileBounded(path, most, "a video's embeddings").catch(() => null);
     const stored = file && matrixOf(file, path);

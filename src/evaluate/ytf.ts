@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import type { Box } from '../align/boxes.js';
 import { exists } from '../data/files.js';
 import { mapBounded } from '../data/images.js';
-import { HardmineError, quote } from '../errors.js';
+import { HardmineError, oneLine, quote } from '../errors.js';
 import { type AlignFace, ImageFiles } from './image-source.js';
 import { isPlainName, linesOf, readList, refuseMissing } from './lists.js';
 import {
@@ -184,7 +184,7 @@ async function framesOf(folder: string): Promise<string[]> {
       if (!match) {
         throw new HardmineError(
           'ERR_PROTOCOL',
-          `${join(folder, name)} is no frame's name, expected "video.frame.jpg" or "aligned_detect_video.frame.jpg"; rename or remove it.`,
+          `${oneLine(join(folder, name))} is no frame's name, expected "video.frame.jpg" or "aligned_detect_video.frame.jpg"; rename or remove it.`,
         );
       }
       return { name, frame: Number(match[1]) };

@@ -1,5 +1,5 @@
 /** NumPy's .npy: float32 matrices of version 1.0 written and read back, single Python objects read. */
-import { HardmineError } from '../errors.js';
+import { HardmineError, quote } from '../errors.js';
 import { writeFileAtomic } from './atomic.js';
 import { PickledArray, type PickleValue, readPickle } from './pickle.js';
 
@@ -99,7 +99,7 @@ export function readNpyObject(bytes: Uint8Array, name: string): PickleValue {
   }
   const header = file.toString('latin1', start, start + length);
   if (!/^\{'descr': '\|O', 'fortran_order': (True|False), 'shape': \(\), \}\s*$/.test(header)) {
-    fail(`holds ${header.trim().slice(0, 100)} where one Python object is expected`);
+    fail(`holds ${quote(header.trim())} where one Python object is expected`);
   }
   const array = readPickle(file.subarray(start + length), name);
   if (!(array instanceof PickledArray) || array.objects.length !== 1) {

@@ -35,11 +35,16 @@ export async function readVerificationBin(path: string): Promise<VerificationSet
     return fail('it should hold a list of images and a list of booleans, and holds something else');
   }
   const [encoded, flags] = found as [PickleValue, PickleValue];
-  const same = booleans(flags) ?? fail('its second part is no list of true and false');
   if (!Array.isArray(encoded)) return fail('its first part is no list of images');
-  if (encoded.length !== 2 * same.length || same.length === 0) {
-    fail(`it holds ${encoded.length} images for ${same.length} pairs, which need two each`);
+  if (!Array.isArray(flags) && !(flags instanceof PickledArray)) {
+    return fail('its second part is no list of true and false');
   }
+  // Counted before a flag of one byte becomes one of eight: a .bin may be all flags.
+  const pairs = Array.isArray(flags) ? flags.length : flags.data.length;
+  if (encoded.length !== 2 * pairs || pairs === 0) {
+    fail(`it holds ${encoded.length} images for ${pairs} pairs, which need two each`);
+  }
+  const same = booleans(flags) ?? fail('its second part is no list of true and false');
   const images = encoded.map(
     (item, i) => imageBytes(item) ?? fail(`its image ${i} is neither bytes nor a uint8 array`),
   );

@@ -1,9 +1,9 @@
 /** An experiment as data: rows to train under several seeds, and what to judge them by. */
-import { readFile } from 'node:fs/promises';
 import { resolve } from 'node:path';
 import { z } from 'zod';
-import { type Config, nearest, resolveConfig } from '../config.js';
-import { HardmineError } from '../errors.js';
+import { type Config, MAX_CONFIG_BYTES, nearest, resolveConfig } from '../config.js';
+import { readFileBounded } from '../data/files.js';
+import { HardmineError, oneLine, quote } from '../errors.js';
 
 /** What a row is judged by, in the order of a table's columns. */
 export const EVALUATION_SETS = ['lfw', 'ytf', 'lfw-rank-1', 'cfp-ff', 'cfp-fp'] as const;
@@ -145,12 +145,14 @@ export function runConfig(
 /** @throws HardmineError ERR_CONFIG for a file that is no JSON */
 export async function readExperiment(file: string): Promise<unknown> {
   try {
-    return JSON.parse(await readFile(file, 'utf8'));
+    return JSON.parse(
+      (await readFileBounded(file, MAX_CONFIG_BYTES, 'an experiment')).toString('utf8'),
+    );
   } catch (cause) {
     const reason = cause instanceof Error ? cause.message : String(cause);
     throw new HardmineError(
       'ERR_CONFIG',
-      `the experiment ${file} cannot be read (${reason}): give a JSON file`,
+      `the experiment ${file} cannot be read (${oneLine(reason)}): give a JSON file`,
       { cause },
     );
   }
@@ -165,7 +167,7 @@ function issueSentence(issue: z.core.$ZodIssue): string {
   if (issue.code === 'unrecognized_keys') {
     const known = Object.keys(at.startsWith('rows') ? rowSchema.shape : experimentSchema.shape);
     const key = issue.keys[0] ?? '';
-    return `the experiment has an unknown key "${at === '' ? key : `${at}.${key}`}": the nearest known one is "${nearest(key, known)}"`;
+    return `the experiment has an unknown key ${quote(at === '' ? key : `${at}.${key}`)}: the nearest known one is "${nearest(key, known)}"`;
   }
   return `the experiment's "${at}" is wrong: ${issue.message.replace(/^Invalid (input|option|string): /, '')}`;
 }

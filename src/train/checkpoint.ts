@@ -4,10 +4,11 @@
  */
 import { createHash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
-import { mkdir, open, readdir, readFile, rename, rm, stat } from 'node:fs/promises';
+import { mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
-import { HardmineError } from '../errors.js';
+import { readFileBounded } from '../data/files.js';
+import { HardmineError, oneLine } from '../errors.js';
 import { isRunning, syncFolder } from '../formats/atomic.js';
 import {
   encodeSafetensors,
@@ -23,6 +24,8 @@ const FILES = [...TENSOR_FILES.map((name) => `${name}.safetensors`), 'state.json
 const FORMAT = 'hardmine checkpoint 1';
 /** Written and hashed in pieces, so that the event loop is never held for long. */
 const PIECE_BYTES = 4 << 20;
+/** Taken anew for every file, however small it is. */
+const READ_BYTES = 1 << 18;
 /** A manifest or state of more than this is none of ours. */
 const MAX_JSON_BYTES = 16 << 20;
 
@@ -189,16 +192,19 @@ export async function writeCheckpoint(
 
 async function sha256OfFile(path: string): Promise<string> {
   const hash = createHash('sha256');
-  for await (const piece of createReadStream(path, { highWaterMark: PIECE_BYTES })) {
+  for await (const piece of createReadStream(path, { highWaterMark: READ_BYTES })) {
     hash.update(piece as Buffer);
   }
   return hash.digest('hex');
 }
 
 async function readJson(path: string): Promise<unknown> {
-  const { size } = await stat(path);
-  if (size > MAX_JSON_BYTES) throw new Error(`it has ${size} bytes`);
-  return JSON.parse(await readFile(path, 'utf8'));
+  const text = await readFileBounded(path, MAX_JSON_BYTES, 'a file of a checkpoint');
+  try {
+    return JSON.parse(text.toString('utf8'));
+  } catch (error) {
+    throw new Error(`it is no JSON (${oneLine((error as Error).message)})`);
+  }
 }
 
 /** Throws an Error whose message says what is wrong. */
@@ -214,6 +220,7 @@ async function verify(path: string): Promise<CheckpointState> {
     if (listed === undefined) throw new Error(`MANIFEST.json does not list ${name}`);
     const found = await stat(join(path, name)).catch(() => null);
     if (found === null) throw new Error(`${name} is missing`);
+    if (!found.isFile()) throw new Error(`${name} is not a file`);
     if (found.size !== listed.bytes) {
       throw new Error(`${name} has ${found.size} bytes where its manifest says ${listed.bytes}`);
     }
@@ -225,7 +232,7 @@ async function verify(path: string): Promise<CheckpointState> {
   if (!state.success) {
     const issue = state.error.issues[0];
     throw new Error(
-      `state.json is not one of this version (${issue?.path.join('.')}: ${issue?.message})`,
+      `state.json is not one of this version (${oneLine(`${issue?.path.join('.')}: ${issue?.message}`)})`,
     );
   }
   return state.data;

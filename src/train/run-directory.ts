@@ -1,7 +1,8 @@
 /** The folder of one run: its configuration, its figures, its checkpoints and models. */
 import { type FileHandle, mkdir, open, readFile, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
-import type { Config } from '../config.js';
+import { type Config, MAX_CONFIG_BYTES } from '../config.js';
+import { readFileBounded } from '../data/files.js';
 import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { EventWriter } from '../formats/tfevents.js';
@@ -98,7 +99,9 @@ export class RunDirectory {
   async readConfig(): Promise<unknown> {
     const path = this.file('config.json');
     try {
-      return JSON.parse(await readFile(path, 'utf8'));
+      return JSON.parse(
+        (await readFileBounded(path, MAX_CONFIG_BYTES, 'a configuration')).toString('utf8'),
+      );
     } catch (cause) {
       throw new HardmineError(
         'ERR_CONFIG',
@@ -188,7 +191,9 @@ export async function readMetrics(path: string): Promise<MetricsLine[]> {
   for (const line of text.split('\n')) {
     if (line === '') continue;
     try {
-      lines.push(JSON.parse(line) as MetricsLine);
+      const value: unknown = JSON.parse(line);
+      if (typeof value !== 'object' || value === null) break;
+      lines.push(value as MetricsLine);
     } catch {
       break; // only the last line can be half written
     }

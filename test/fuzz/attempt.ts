@@ -7,7 +7,11 @@ const MAX_SECONDS = 2;
 /** Longer than any of ours: paths, a quotation, what was expected. */
 const MAX_MESSAGE = 2000;
 
-export type Outcome = { kind: 'value' } | { kind: 'refused' } | { kind: 'defect'; what: string };
+/** `sort` groups defects that are the same mistake. */
+export type Outcome =
+  | { kind: 'value' }
+  | { kind: 'refused' }
+  | { kind: 'defect'; sort: string; what: string };
 
 /** Reads one input; a defect is any error but a HardmineError of one plain line, and a waste of time. */
 export async function attempt(reader: Reader, input: Buffer): Promise<Outcome> {
@@ -21,25 +25,22 @@ export async function attempt(reader: Reader, input: Buffer): Promise<Outcome> {
   const { user, system } = process.cpuUsage(start);
   const seconds = (user + system) / 1e6;
   return seconds > MAX_SECONDS && outcome.kind !== 'defect'
-    ? { kind: 'defect', what: `took ${seconds.toFixed(1)} s of processor time` }
+    ? { kind: 'defect', sort: 'time', what: `took ${seconds.toFixed(1)} s of processor time` }
     : outcome;
 }
 
 function judge(error: unknown): Outcome {
+  const defect = (sort: string, what: string): Outcome => ({ kind: 'defect', sort, what });
   if (!(error instanceof HardmineError)) {
-    return { kind: 'defect', what: error instanceof Error ? (error.stack ?? '') : String(error) };
+    const stack = error instanceof Error ? String(error.stack) : String(error);
+    return defect(/\n +at (.*)/.exec(stack)?.[1] ?? stack, stack);
   }
   const { code, message } = error;
-  if (code === 'ERR_INTERNAL') return { kind: 'defect', what: `ERR_INTERNAL: ${message}` };
+  if (code === 'ERR_INTERNAL') return defect(code, message);
   // biome-ignore lint/suspicious/noControlCharactersInRegex: terminals obey them
   if (/[\u0000-\u001f\u007f-\u009f]/.test(message)) {
-    return { kind: 'defect', what: `control characters in ${JSON.stringify(message)}` };
+    return defect('control characters', JSON.stringify(message));
   }
-  if (message.length > MAX_MESSAGE) {
-    return {
-      kind: 'defect',
-      what: `${message.length} characters of message: ${message.slice(0, 200)}`,
-    };
-  }
+  if (message.length > MAX_MESSAGE) return defect('a long message', message.slice(0, 300));
   return { kind: 'refused' };
 }

@@ -68,9 +68,9 @@ try {
   let peak = 0;
   let defects = 0;
   const counts = { value: 0, refused: 0, defect: 0 };
-  const defect = (index: number, what: string, input: Buffer): void => {
+  const defect = (index: number, sort: string, what: string, input: Buffer): void => {
     defects += 1;
-    say({ type: 'defect', index, what, input: input.toString('base64') });
+    say({ type: 'defect', index, sort, what, input: input.toString('base64') });
   };
 
   const started = performance.now();
@@ -88,13 +88,13 @@ try {
     if (values.keep !== undefined) writeFileSync(values.keep, input);
     const outcome = await attempt(reader, input);
     counts[outcome.kind] += 1;
-    if (outcome.kind === 'defect') defect(index, outcome.what, input);
+    if (outcome.kind === 'defect') defect(index, outcome.sort, outcome.what, input);
     group.push(input);
     if (group.length === GROUP) {
       const taken = peakBytes() - resident;
       if (taken > allowed(Math.max(...group.map(({ length }) => length)))) {
         const greedy = await findGreedy(reader, group);
-        if (greedy !== undefined) defect(index, `took ${taken} bytes of memory`, greedy);
+        if (greedy !== undefined) defect(index, 'memory', `took ${taken} bytes of memory`, greedy);
         forgetPeak();
       }
       peak = Math.max(peak, taken);

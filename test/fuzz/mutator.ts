@@ -122,7 +122,8 @@ export class Mutator {
     draw(2); // neighbouring numbers differ from the second draw on
     if (draw(64) === 0) return Buffer.from(Array.from({ length: draw(256) }, () => draw(256)));
     let bytes: Buffer = Buffer.from(this.seeds[draw(this.seeds.length)]!);
-    for (let changes = 1 + draw(MAX_CHANGES); changes > 0; changes -= 1) {
+    // Few more often than many: what breaks at once shows only the first check.
+    for (let changes = 1 + draw(1 + draw(MAX_CHANGES)); changes > 0; changes -= 1) {
       bytes = CHANGES[draw(CHANGES.length)]!(bytes, draw, this).subarray(0, MAX_BYTES);
     }
     return bytes;

@@ -52,8 +52,8 @@ void answer(const std::string& sentence) {
 
 void write_file(const std::string& path, const Bytes& bytes) {
   std::FILE* file = std::fopen(path.c_str(), "wb");
-  if (file == nullptr || std::fwrite(bytes.data(), 1, bytes.size(), file) != bytes.size() ||
-      std::fclose(file) != 0) {
+  const auto write = [&] { return std::fwrite(bytes.data(), 1, bytes.size(), file); };
+  if (file == nullptr || (!bytes.empty() && write() != bytes.size()) || std::fclose(file) != 0) {
     std::perror(path.c_str());
     std::abort();
   }

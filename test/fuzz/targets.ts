@@ -4,18 +4,22 @@ import { existsSync, mkdirSync, readFileSync, rmSync, writeFileSync } from 'node
 import { hostname } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { readLandmarks } from '../../src/align/landmarks.js';
 import { resolveConfig } from '../../src/config.js';
 import { CleanedList } from '../../src/data/cleaned-list.js';
 import { openEvaluationSet } from '../../src/data/evaluation-sets.js';
 import { imageListSource } from '../../src/data/image-list.js';
 import { type ImageSource, withoutIdentities } from '../../src/data/image-source.js';
-import { decodeAny, imageInfo } from '../../src/data/images.js';
+import { decodeImage, decodePhotograph } from '../../src/data/images.js';
 import { msCelebSource } from '../../src/data/ms-celeb.js';
 import { openPacked, openRecords } from '../../src/data/packed-set.js';
+import { readCfpLists } from '../../src/evaluate/cfp.js';
 import { parseLfwPairs } from '../../src/evaluate/lfw.js';
+import { findVideos, parseYtfSplits } from '../../src/evaluate/ytf.js';
+import { readNpyMatrix, readNpyObject } from '../../src/formats/npy.js';
 import { readPickle } from '../../src/formats/pickle.js';
 import { encodeRecord, RecordWriter } from '../../src/formats/recordio.js';
-import { readSafetensors } from '../../src/formats/safetensors.js';
+import { encodeSafetensors, readSafetensors } from '../../src/formats/safetensors.js';
 import { readVerificationBin } from '../../src/formats/verification-bin.js';
 import { findCheckpoint } from '../../src/train/checkpoint.js';
 import { readMetrics } from '../../src/train/run-directory.js';
@@ -139,7 +143,7 @@ export const TARGETS: Readonly<Record<string, Target>> = {
     slow: true,
     words: RECORD_WORDS,
     open: async (folder) => {
-      const readers = await SanitizedReaders.start('records', folder);
+      const readers = new SanitizedReaders('records', folder);
       return {
         read(input) {
           const [idx, crc, , records] = parts(input, 4);
@@ -174,7 +178,7 @@ export const TARGETS: Readonly<Record<string, Target>> = {
     slow: true,
     words: JPEG_WORDS,
     open: async (folder) => {
-      const readers = await SanitizedReaders.start('jpeg', folder);
+      const readers = new SanitizedReaders('jpeg', folder);
       return { read: (input) => readers.read([input]), close: () => readers.stop() };
     },
   },
@@ -184,10 +188,18 @@ export const TARGETS: Readonly<Record<string, Target>> = {
     async open() {
       return {
         async read(input) {
-          await imageInfo(input, 'a.jpg');
-          await decodeAny(input, 'a.jpg');
+          await decodeImage(input, 'a.jpg');
         },
       };
+    },
+  },
+
+  // Of any size: what the decoder itself takes for millions of pixels is bounded by their number.
+  photograph: {
+    corpus: 'image',
+    words: [...JPEG_WORDS, 'IHDR', 'IDAT', 'IEND'],
+    async open() {
+      return { read: (input) => decodePhotograph(input, 'a.jpg') };
     },
   },
 
@@ -248,6 +260,73 @@ export const TARGETS: Readonly<Record<string, Target>> = {
           await set.dispose();
         },
       };
+    },
+  },
+
+  'cfp-lists': {
+    corpus: 'cfp',
+    words: ['\n', ',', '1,2', '../Data/Images/', '/frontal/', '/profile/', '.jpg', '../..', '\0'],
+    open: async (folder) => {
+      const folds = ['FF', 'FP'].flatMap((kind) =>
+        Array.from({ length: 10 }, (_, fold) => {
+          const path = join(folder, 'Split', kind, String(fold + 1).padStart(2, '0'));
+          mkdirSync(path, { recursive: true });
+          return path;
+        }),
+      );
+      return {
+        read(input) {
+          const [frontal, profile, same, different] = parts(input, 4);
+          writeFileSync(join(folder, 'Pair_list_F.txt'), frontal!);
+          writeFileSync(join(folder, 'Pair_list_P.txt'), profile!);
+          for (const fold of folds) {
+            writeFileSync(join(fold, 'same.txt'), same!);
+            writeFileSync(join(fold, 'diff.txt'), different!);
+          }
+          return readCfpLists(folder);
+        },
+      };
+    },
+  },
+
+  'ytf-splits': {
+    words: ['\n', ',', ', ', '1', '0', 'Anna/0', '/', '..', 'split', '\ufeff', '\x1b'],
+    async open() {
+      return { read: (input) => parseYtfSplits(input.toString()) };
+    },
+  },
+
+  'ytf-labels': {
+    words: ['\n', ',', '\\', '/', '0.1.jpg', 'Infinity', '1e999', '-5', '..'],
+    open: async (folder) => {
+      const frames = join(folder, 'frame_images_DB');
+      mkdirSync(join(frames, 'Anna', '0'), { recursive: true });
+      writeFileSync(join(frames, 'Anna', '0', '0.1.jpg'), '');
+      return {
+        read(input) {
+          writeFileSync(join(frames, 'Anna.labeled_faces.txt'), input);
+          return findVideos(folder, [{ person: 'Anna', number: '0' }], true);
+        },
+      };
+    },
+  },
+
+  landmarks: {
+    words: ['\t', '\n', ' ', 'a.jpg', '..', '/', 'image\tleft_eye_x', '-1', '1e999', '202599'],
+    open: ofFile('a.tsv', readLandmarks),
+  },
+
+  'npy-object': {
+    words: ['\x93NUMPY\x01\0', '\x93NUMPY\x02\0', "'|O'", 'True', 'False', '()', '\x80\x02', '.'],
+    async open() {
+      return { read: (input) => readNpyObject(input, 'a.npy') };
+    },
+  },
+
+  'npy-matrix': {
+    words: ['\x93NUMPY\x01\0', "'<f4'", "'>f4'", 'True', '(2, 3)', '(0, 0)', '(999999999, '],
+    async open() {
+      return { read: (input) => readNpyMatrix(input, 'a.npy') };
     },
   },
 
@@ -348,7 +427,8 @@ const TENSOR_FILES = ['model.safetensors', 'head.safetensors', 'optimizer.safete
 function makeCheckpoint(folder: string): string {
   const path = join(folder, 'step-00000001');
   mkdirSync(path);
-  for (const name of TENSOR_FILES) writeFileSync(join(path, name), '');
+  const noTensors = Buffer.concat(encodeSafetensors(new Map()));
+  for (const name of TENSOR_FILES) writeFileSync(join(path, name), noTensors);
   const state = join(corpusOf('checkpoint-state'), 'state');
   if (existsSync(state)) writeFileSync(join(path, 'state.json'), readFileSync(state));
   return path;
