@@ -59,7 +59,7 @@ describe('damaged files', function () {
   }
 
   it('are the same on every run, and differ from number to number', () => {
-    const seeds = [Buffer.from('{"a":[1,2,3]}'.repeat(20)), Buffer.from(Array(300).keys())];
+    const seeds = [Buffer.from('{"a":[1,2,3]}'.repeat(20)), Buffer.from([...Array(300).keys()])];
     const [one, two] = [new Mutator(seeds, ['word']), new Mutator(seeds, ['word'])];
     const inputs = Array.from({ length: 500 }, (_, index) => one.input(index).toString('latin1'));
     assert.deepEqual(
@@ -68,7 +68,7 @@ describe('damaged files', function () {
     );
     // One in eighty is cut to nothing, and a change may change nothing.
     assert.ok(new Set(inputs).size > 450, `${new Set(inputs).size} of 500 are different`);
-    assert.deepEqual(seeds[1], Buffer.from(Array(300).keys()), 'seeds stay as they are');
+    assert.deepEqual(seeds[1], Buffer.from([...Array(300).keys()]), 'seeds stay as they are');
   });
 
   it('are told apart from what they find', async () => {
