@@ -3,13 +3,9 @@
 // its line is no longer there. Needs g++ and doctest, no CUDA. `node scripts/mutate-kernels.mjs
 // [REGEXP]` plants only the bugs whose description it matches.
 
-import { spawn } from 'node:child_process';
-import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
-import { availableParallelism, tmpdir } from 'node:os';
-import { basename, dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
-
-const ROOT = fileURLToPath(new URL('..', import.meta.url));
+import { availableParallelism } from 'node:os';
+import { basename, join } from 'node:path';
+import { compile, doctest, each, inTemporaryFolder, link, plant } from './mutants.mjs';
 
 // `mutated` is compiled for each bug, `fixed` once. The fixed ones use nothing of a planted line.
 const UNITS = {
@@ -253,94 +249,34 @@ const BUGS = [
   },
 ];
 
-const TEST_SECONDS = 300; // many times what a suite takes; a bug may make a kernel wait for ever
-
-/** Runs a program; resolves with its exit status (null: ended by a signal) and all it printed. */
-function run(program, args, seconds = 600) {
-  return new Promise((resolve, reject) => {
-    const child = spawn(program, args, { cwd: ROOT, timeout: seconds * 1000 });
-    let output = '';
-    child.stdout.on('data', (data) => (output += data));
-    child.stderr.on('data', (data) => (output += data));
-    child.on('error', reject);
-    child.on('close', (status, signal) => resolve({ status, signal, output }));
-  });
-}
-
-// `first` is searched before the tree, so that a file in it takes the place of the tree's.
-async function compile(source, object, first) {
-  const args = ['-std=c++20', '-O1', '-Wno-unknown-pragmas', '-isystem', 'test/simt/include'];
-  if (first !== undefined) args.push('-I', first);
-  args.push('-I', '.', '-x', 'c++', '-c', source, '-o', object);
-  const { status, output } = await run(process.env.CXX ?? 'g++', args);
-  if (status !== 0) throw new Error(`${source} does not compile:\n${output}`);
-}
-
-async function link(objects, program) {
-  const { status, output } = await run(process.env.CXX ?? 'g++', [
-    ...objects,
-    ...['-o', program, '-lpthread', '-ldl'],
-  ]);
-  if (status !== 0) throw new Error(`${program} does not link:\n${output}`);
-}
-
-/** Does `work` on every item, as many at once as there are processors. */
-async function each(items, work) {
-  const left = [...items];
-  const worker = async () => {
-    for (let item = left.shift(); item !== undefined; item = left.shift()) await work(item);
-  };
-  await Promise.all(Array.from({ length: availableParallelism() }, worker));
-}
-
-async function test(program) {
-  const { status, signal, output } = await run(program, ['--abort-after=1'], TEST_SECONDS);
-  if (status === 0) return undefined;
-  const name = /TEST CASE: +(.*)/.exec(output)?.[1];
-  return { by: name ?? `its end by ${signal ?? `status ${status}`}`, output };
-}
+const FLAGS = ['-isystem', 'test/simt/include'];
+const LIBRARIES = ['-lpthread', '-ldl'];
 
 const wanted = new RegExp(process.argv[2] ?? '');
 const bugs = BUGS.filter(({ bug }) => wanted.test(bug)).map((b) => ({ unit: 'head', ...b }));
-const folder = mkdtempSync(join(tmpdir(), 'hardmine-mutants-'));
-const objectOf = (source) => join(folder, `${basename(source)}.o`);
-try {
+const inFlight = availableParallelism();
+await inTemporaryFolder(async (folder) => {
+  const objectOf = (source) => join(folder, `${basename(source)}.o`);
   const units = Object.keys(UNITS).filter((name) => bugs.some(({ unit }) => unit === name));
   const sources = units.flatMap((name) => [UNITS[name].mutated, ...UNITS[name].fixed]);
-  await each(new Set(sources), (source) => compile(source, objectOf(source)));
-  await each(units, async (name) => {
+  await each(new Set(sources), inFlight, (source) =>
+    compile(source, objectOf(source), { flags: FLAGS }),
+  );
+  await each(units, inFlight, async (name) => {
     const program = join(folder, name);
-    await link([UNITS[name].mutated, ...UNITS[name].fixed].map(objectOf), program);
-    const failure = await test(program);
+    await link([UNITS[name].mutated, ...UNITS[name].fixed].map(objectOf), program, LIBRARIES);
+    const failure = await doctest(program);
     if (failure) throw new Error(`The tests fail without any planted bug:\n${failure.output}`);
   });
-
-  const missed = [];
-  console.log(`${'planted bug'.padEnd(60)} caught by`);
-  await each(bugs.entries(), async ([index, { bug, unit, file, from, to }]) => {
-    let verdict;
-    const text = readFileSync(join(ROOT, file), 'utf8');
-    if (text.split(from).length !== 2) {
-      verdict = `NOT PLANTED: its line is ${text.includes(from) ? 'twice' : 'no longer'} in ${file}`;
-    } else {
-      const copy = join(folder, String(index));
-      mkdirSync(join(copy, dirname(file)), { recursive: true });
-      writeFileSync(
-        join(copy, file),
-        text.replace(from, () => to),
-      );
+  await plant(bugs, {
+    folder,
+    inFlight,
+    async judge({ unit }, copy) {
       const object = join(copy, 'mutated.o');
       const program = join(copy, 'test');
-      await compile(UNITS[unit].mutated, object, copy);
-      await link([object, ...UNITS[unit].fixed.map(objectOf)], program);
-      verdict = (await test(program))?.by ?? 'NOTHING';
-      rmSync(copy, { recursive: true });
-    }
-    if (/^NO/.test(verdict)) missed.push(bug);
-    console.log(`${bug.padEnd(60)} ${verdict}`);
+      await compile(UNITS[unit].mutated, object, { first: copy, flags: FLAGS });
+      await link([object, ...UNITS[unit].fixed.map(objectOf)], program, LIBRARIES);
+      return (await doctest(program))?.by;
+    },
   });
-  console.log(`${bugs.length - missed.length} of ${bugs.length} planted bugs were caught.`);
-  if (missed.length > 0 || bugs.length === 0) process.exitCode = 1;
-} finally {
-  rmSync(folder, { recursive: true });
-}
+});
