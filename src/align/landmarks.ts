@@ -2,12 +2,14 @@
  * Lists of five-point landmarks: TSV of image and ten numbers (hardmine's own has a header), or the
  * form of CelebA's list_landmarks_celeba.txt. Left is left as seen in the image.
  */
-import { readFileBounded } from '../data/files.js';
+import { readRows } from '../data/rows.js';
 import { HardmineError, quote } from '../errors.js';
 import { LANDMARKS, type Point } from './similarity.js';
 
-/** Some four million images; a longer list is better cut up. */
-const MAX_BYTES = 256 * 2 ** 20;
+/** A million images, of which each takes some 400 bytes; a longer list is better cut up. */
+const MAX_BYTES = 64 * 2 ** 20;
+/** A path and ten numbers. */
+const MAX_ROW_BYTES = 8192;
 
 const NAMES = ['left_eye', 'right_eye', 'nose', 'left_mouth', 'right_mouth'];
 const HEADER = ['image', ...NAMES.flatMap((name) => [`${name}_x`, `${name}_y`])].join('\t');
@@ -31,27 +33,28 @@ export function* landmarkLines(
  *   for a path that leaves the folder and for an image listed twice; ERR_IO
  */
 export async function readLandmarks(path: string): Promise<Map<string, Point[]>> {
-  const text = (await readFileBounded(path, MAX_BYTES, 'a list of landmarks')).toString('utf8');
   const images = new Map<string, Point[]>();
-  const lines = text.replace(/^\uFEFF/, '').split('\n');
-  // CelebA's list begins with the number of its images.
-  const first = /^\s*\d+\s*$/.test(lines[0]!) ? 1 : 0;
-  for (const [index, line] of lines.entries()) {
-    if (index < first || line.trim() === '') continue;
+  let first = 1;
+  for await (const { line: number, offset, bytes } of readRows(path, MAX_ROW_BYTES)) {
+    const line = bytes.toString('utf8');
+    // CelebA's list begins with the number of its images.
+    if (number === 1 && /^\s*\d+\s*$/.test(line)) first = 2;
+    if (number < first || line.trim() === '') continue;
     const fail = (what: string): never => {
       throw new HardmineError(
         'ERR_DATA',
-        `${path}, line ${index + 1}: ${what}; give one image a line with ten numbers, x and y of left eye, right eye, nose, left and right corner of the mouth.`,
+        `${path}, line ${number}: ${what}; give one image a line with ten numbers, x and y of left eye, right eye, nose, left and right corner of the mouth.`,
       );
     };
     // Names in a TSV may hold spaces.
     const fields = line.includes('\t') ? line.trimEnd().split('\t') : line.trim().split(/\s+/);
     const numbers = fields.slice(-2 * LANDMARKS).map((field) => Number(field || Number.NaN));
     const isHeader = numbers.length === 2 * LANDMARKS && numbers.every(Number.isNaN);
-    if (index === first && isHeader) continue;
+    if (number === first && isHeader) continue;
     if (fields.length !== 1 + 2 * LANDMARKS || !numbers.every(Number.isFinite)) {
       fail(`found ${quote(line)}`);
     }
+    if (offset > MAX_BYTES) fail(`the list is longer than ${MAX_BYTES} bytes`);
     const image = fields[0]!;
     if (image === '' || image.startsWith('/') || image.split('/').includes('..')) {
       fail(`the image ${quote(image)} is no path below the folder of images`);

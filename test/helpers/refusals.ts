@@ -6,6 +6,9 @@
 import { readFile } from 'node:fs/promises';
 import { decodeImages, decodePhotograph } from '../../src/data/images.js';
 import { openRecords } from '../../src/data/packed-set.js';
+import { parseLfwPairs } from '../../src/evaluate/lfw.js';
+import { readList } from '../../src/evaluate/lists.js';
+import { parseYtfSplits } from '../../src/evaluate/ytf.js';
 import { readSafetensors } from '../../src/formats/safetensors.js';
 import { readVerificationBin } from '../../src/formats/verification-bin.js';
 import { forgetPeak, peakBytes, residentBytes } from './memory.js';
@@ -13,6 +16,8 @@ import { forgetPeak, peakBytes, residentBytes } from './memory.js';
 const READERS: Readonly<Record<string, (path: string) => Promise<unknown>>> = {
   safetensors: readSafetensors,
   bin: readVerificationBin,
+  pairs: async (path) => parseLfwPairs(await readList(path, '--pairs'), path),
+  splits: async (path) => parseYtfSplits(await readList(path, '--splits'), path),
   image: (path) => decodeImages([path]),
   photograph: async (path) => decodePhotograph(await readFile(path), path),
   async records(path) {
