@@ -176,9 +176,9 @@ describe('safetensors', function () {
     [
       'half precision',
       fileOf(tensorOf('[1]', '[0,2]', 'F16'), bytes(2)),
-      /type F16; hardmine reads F32 and I64/,
+      /type "F16"; hardmine reads F32 and I64/,
     ],
-    ['an unknown type', fileOf(tensorOf('[1]', '[0,2]', 'X9'), bytes(2)), /type X9/],
+    ['an unknown type', fileOf(tensorOf('[1]', '[0,2]', 'X9'), bytes(2)), /type "X9"/],
     ['a negative size', fileOf(tensorOf('[-1]', '[0,4]'), bytes(4)), /expected a whole number/],
     ['a fraction', fileOf(tensorOf('[1.5]', '[0,4]'), bytes(4)), /expected a whole number/],
     ['an exponent', fileOf(tensorOf('[1e0]', '[0,4]'), bytes(4)), /expected a whole number/],

@@ -59,8 +59,9 @@ async function readNames(path: string, identities: number): Promise<string[] | u
   if (!(await exists(path))) return undefined;
   // A folder's name has at most 255 bytes, and a line break.
   const limit = identities * 256;
-  const text = await readFileBounded(path, limit, `${identities} names of identities`);
-  const lines = text.toString('utf8').split('\n');
+  const { size } = await stat(path);
+  const text = size <= limit ? await readFileBounded(path, limit, 'a list of names') : '';
+  const lines = text.toString().split('\n');
   if (lines.pop() !== '' || lines.length !== identities || !lines.every(isPlainName)) {
     throw dataError(
       `${path} does not hold one line for each of the ${identities} identities: restore the file that hardmine pack wrote, or delete it to go without names.`,
