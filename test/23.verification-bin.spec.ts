@@ -275,6 +275,7 @@ describe('pickles', () => {
     it('are refused: arrays whose data are not what their shape says', () => {
       const data = Buffer.alloc(6);
       refused(pickle(numpyArray([7], 'u1', '|', data), '.'), /has 6 bytes where it needs 7/);
+      refused(pickle(numpyArray([5], 'u1', '|', data), '.'), /has 6 bytes where it needs 5/);
       refused(pickle(numpyArray([2], 'f8', '<', data), '.'), /has 6 bytes where it needs 16/);
       refused(pickle(numpyArray([255, 255, 255, 255, 255], 'f8', '<', data), '.'), /needs/);
       refused(pickle(numpyArray([6], 'S6', '|', data), '.'), /"S6"/);

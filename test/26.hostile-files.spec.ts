@@ -260,13 +260,16 @@ describe('hostile files', function () {
     }
   });
 
-  it('with one bit flipped are found by the checksums of a pack, a thousand of a thousand', async () => {
+  it('with one bit flipped are found by the checksums of a pack, a thousand of a thousand', async function () {
+    this.timeout(120_000); // a thousand sets are opened and decoded
     const FLIPS = 1000;
     const writer = await RecordWriter.create(at('set'));
-    for (let i = 0; i < 20; i += 1) await writer.add(i >> 1, jpeg);
-    const { rec, idx } = await writer.finish(Array.from({ length: 10 }, (_, i) => `p${i}`));
+    for (let i = 0; i < 4; i += 1) await writer.add(i >> 1, jpeg);
+    const { rec, idx } = await writer.finish(['anna', 'bert']);
     const whole = await readFile(rec);
-    const { offsets } = await openRecords(rec, idx);
+    const sound = await openRecords(rec, idx);
+    const offsets = sound.offsets;
+    await sound.dispose();
     const draw = seeded(26);
     let detected = 0;
     for (let flip = 0; flip < FLIPS; flip += 1) {
@@ -288,7 +291,8 @@ describe('hostile files', function () {
         detected += 1;
       }
     }
-    assert.equal(detected, FLIPS, `${detected} of ${FLIPS} flips were detected`);
+    console.log(`      ${detected} of ${FLIPS} flipped bits were detected`);
+    assert.equal(detected, FLIPS);
   });
 
   it('of configurations do not reach beyond them: depth, prototypes, numbers', async () => {
@@ -355,9 +359,8 @@ describe('hostile files', function () {
       await mkdir(at('run'));
       await symlink(place, at('run/config.json'));
       if (place !== folder) {
-        const directory = new URL(`file://${at('run')}`);
         await assert.rejects(
-          RunDirectory.check(fileURLToPath(directory), true).then((found) => found.readConfig()),
+          RunDirectory.check(at('run'), true).then((found) => found.readConfig()),
           refusedBy('ERR_CONFIG', /./),
         );
       }
