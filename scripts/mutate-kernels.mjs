@@ -249,7 +249,7 @@ const BUGS = [
   },
 ];
 
-const FLAGS = ['-isystem', 'test/simt/include'];
+const FLAGS = ['-isystem', 'test/simt/include', '-I', 'test/simt'];
 const LIBRARIES = ['-lpthread', '-ldl'];
 
 const wanted = new RegExp(process.argv[2] ?? '');
