@@ -24,6 +24,12 @@ RingSpec to_ring_spec(const Members& options) {
   spec.mirror = options.boolean("mirror");
   spec.crop = static_cast<int>(options.integer("crop", 0, kImageSize - 1));
   spec.threads = static_cast<int>(options.integer("decodeThreads", 1, kMostThreads));
+  if (!options.value("skip").IsNull()) {
+    const Members skip = options.members("skip");
+    spec.skips = skip.integer("most", 1, kMaxSafeInteger);
+    const auto known = to_vector<int32_t>(skip.value("known"), skip.name("known"));
+    spec.skipped.assign(known.begin(), known.end());
+  }
   return spec;
 }
 
@@ -63,6 +69,19 @@ Napi::Value Batches::seek(const Napi::CallbackInfo& info) {
 Napi::Value Batches::waited_ms(const Napi::CallbackInfo& info) {
   require_open("batches.waitedMs");
   return Napi::Number::New(info.Env(), ring_.lock()->ring->waited_ms());
+}
+
+Napi::Value Batches::skipped(const Napi::CallbackInfo& info) {
+  require_open("batches.skipped");
+  const std::vector<SkippedImage> skipped = ring_.lock()->ring->skipped();
+  const auto array = Napi::Array::New(info.Env(), skipped.size());
+  for (uint32_t i = 0; i < array.Length(); ++i) {
+    const auto object = Napi::Object::New(info.Env());
+    object.Set("index", Napi::Number::New(info.Env(), static_cast<double>(skipped[i].image)));
+    object.Set("reason", skipped[i].reason);
+    array.Set(i, object);
+  }
+  return array;
 }
 
 Napi::Value Batches::drain(const Napi::CallbackInfo& info) {
@@ -109,6 +128,7 @@ Napi::Promise create_batches(Napi::Env env, std::shared_ptr<const RecordFile> re
     define_value(object, "stepsPerEpoch", Napi::Number::New(result_env, steps));
     define_method<rejecting<method<Batches, &Batches::seek>>>(object, "seek");
     define_method<throwing<method<Batches, &Batches::waited_ms>>>(object, "waitedMs");
+    define_method<throwing<method<Batches, &Batches::skipped>>>(object, "skipped");
     define_method<rejecting<method<Batches, &Batches::drain>>>(object, "drain");
     return object;
   };

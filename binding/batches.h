@@ -44,6 +44,7 @@ class Batches : public Handle {
 
   Napi::Value seek(const Napi::CallbackInfo& info);
   Napi::Value waited_ms(const Napi::CallbackInfo& info);
+  Napi::Value skipped(const Napi::CallbackInfo& info);
   Napi::Value drain(const Napi::CallbackInfo& info);
   // For a call that is about to take batches. Throws ERR_BUSY or ERR_DISPOSED.
   std::shared_ptr<RingUse> use(const char* call);

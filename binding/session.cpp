@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <atomic>
 #include <limits>
 
 #include "binding/batches.h"
@@ -15,6 +17,11 @@ class Session : public NetworkHandle<TrainingSession> {
 
   Napi::Value train(const Napi::CallbackInfo& info);
   Napi::Value cancel(const Napi::CallbackInfo& info);
+  Napi::Value steps_done(const Napi::CallbackInfo& info);
+
+ private:
+  // Shared with the calls under way, which may outlive the handle.
+  std::shared_ptr<std::atomic<int64_t>> steps_done_ = std::make_shared<std::atomic<int64_t>>(0);
 };
 
 Napi::Value Session::train(const Napi::CallbackInfo& info) {
@@ -34,8 +41,18 @@ Napi::Value Session::train(const Napi::CallbackInfo& info) {
   const auto use = batches.use("session.train");
   return submit(
       info, "session.train",
-      [slot = slot(), steps, use](const std::atomic<bool>& cancelled) {
-        steps->done = slot->object->network->train(**use, steps->settings, steps->stats, cancelled);
+      [slot = slot(), steps, use, steps_done = steps_done_](const std::atomic<bool>& cancelled) {
+        try {
+          steps->done =
+              slot->object->network->train(**use, steps->settings, steps->stats, cancelled);
+        } catch (...) {
+          // A step that was done has rows; who reports the error can then name the step that
+          // failed.
+          *steps_done += std::count_if(steps->stats.begin(), steps->stats.end(),
+                                       [](const StepStats& stats) { return stats.rows > 0; });
+          throw;
+        }
+        *steps_done += steps->done;
         use->finish();
       },
       [steps](Napi::Env env) -> Napi::Value {
@@ -51,6 +68,11 @@ Napi::Value Session::cancel(const Napi::CallbackInfo& info) {
   require_open("session.cancel");
   worker().stop_jobs();
   return info.Env().Undefined();
+}
+
+Napi::Value Session::steps_done(const Napi::CallbackInfo& info) {
+  require_open("session.stepsDone");
+  return Napi::Number::New(info.Env(), static_cast<double>(*steps_done_));
 }
 
 }  // namespace
@@ -82,6 +104,7 @@ Napi::Value create_session(const Napi::CallbackInfo& info) {
     define_value(object, "engines", Napi::String::New(env, slot->object->network->engines()));
     define_method<rejecting<method<Session, &Session::train>>>(object, "train");
     define_method<throwing<method<Session, &Session::cancel>>>(object, "cancel");
+    define_method<throwing<method<Session, &Session::steps_done>>>(object, "stepsDone");
     return object;
   };
   return create<Owned>(info.Env(), "createSession", make, present);

@@ -25,6 +25,12 @@ JpegInfo read_jpeg_info(std::span<const uint8_t> jpeg, const std::string& what);
 // in the message: "The <what> is ...".
 void decode_jpeg(std::span<const uint8_t> jpeg, const std::string& what, uint8_t* pixels);
 
+// An image that was left out of training, and why.
+struct SkippedImage {
+  int64_t image = 0;   // index in the RecordFile
+  std::string reason;  // the sentence of its error
+};
+
 struct RingSpec {
   std::vector<int64_t> images;  // indices into the RecordFile that take part
   std::vector<int32_t> labels;  // class of each of them, from 0
@@ -34,15 +40,23 @@ struct RingSpec {
   int crop = 0;        // shift by up to this many pixels each way: 0 to 56
   int threads = 1;     // decoders: 1 to 256, of low priority
   int slots = 4;       // batches held: 4 to 1024, two of them the consumer's
+  int64_t skips = 0;   // damaged images that may be left out; 0: the first one is an error
+  std::vector<int64_t> skipped;  // those known already, which count towards `skips`
 };
 
 // Epoch e (from 1) is the seeded permutation of RingSpec::images, floor(n / batch) batches; the
 // rest is dropped. Mirror and shift depend on (seed, epoch, image) alone, image being the index in
 // the RecordFile. Epochs follow each other without end.
 //
+// Where RingSpec::skips allows it, the row of a damaged image is given to the next sound image in
+// the epoch's order (after the last comes the first), with that image's label and augmentation: a
+// batch keeps its size and depends on the seed, the epoch and the file alone. Damaged means
+// codes::kData; an operating system that refuses to read is an error as ever.
+//
 // next() throws a damaged image's error (file, key, byte, label) when the turn of its batch comes,
-// and again at every further call until seek() goes past it; codes::kAborted when the ring is
-// destroyed while it waits. next() and seek() are called from one thread; the destructor may be
+// and again at every further call until seek() goes past it; so it does, for good, when more images
+// than RingSpec::skips turn out damaged. codes::kAborted when the ring is destroyed while it waits.
+// next() and seek() are called from one thread; the destructor may be
 // called from another.
 class BatchRing : public BatchSource {
  public:
@@ -55,6 +69,9 @@ class BatchRing : public BatchSource {
   // Total time next() has waited for decoders, in milliseconds, the first batch's included; it does
   // not grow while input is not the bottleneck. May be asked from any thread.
   virtual double waited_ms() const = 0;
+  // Images left out of the batches given out so far, each once, in the order of their rows; without
+  // RingSpec::skipped. May be asked from any thread.
+  virtual std::vector<SkippedImage> skipped() const = 0;
 };
 
 // The order of one epoch: a permutation of 0..n-1 from (seed, epoch).

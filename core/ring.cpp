@@ -6,11 +6,14 @@
 #include <array>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
+#include <iterator>
 #include <limits>
 #include <mutex>
 #include <numeric>
 #include <system_error>
 #include <thread>
+#include <unordered_set>
 #include <utility>
 
 #include "core/decode.h"
@@ -66,6 +69,9 @@ void check(const RecordFile& records, const RingSpec& spec) {
          "There are " + std::to_string(spec.threads) + " decode threads; give 1 to 256");
   demand(spec.slots >= kLeastSlots && spec.slots <= kMostSlots,
          "The ring has " + std::to_string(spec.slots) + " slots; give 4 to 1024");
+  demand(spec.skips >= 0 && (spec.skips == 0 || spec.skips < n),
+         "The images that may be skipped are " + std::to_string(spec.skips) + " of " +
+             std::to_string(n) + "; give a number from 0 that leaves at least one");
   for (size_t i = 0; i < spec.images.size(); ++i) {
     if (spec.images[i] < 0 || spec.images[i] >= records.images()) {
       demand(false, "Image " + std::to_string(spec.images[i]) +
@@ -91,7 +97,8 @@ class DecodeRing final : public BatchRing {
       : records_(std::move(records)),
         spec_(std::move(spec)),
         steps_(static_cast<int64_t>(spec_.images.size()) / spec_.batch),
-        memory_(std::move(allocator), spec_.slots, spec_.batch) {
+        memory_(std::move(allocator), spec_.slots, spec_.batch),
+        known_(spec_.skipped.begin(), spec_.skipped.end()) {
     slots_.resize(static_cast<size_t>(spec_.slots));
     for (size_t i = 0; i < slots_.size(); ++i) memory_.place(slots_[i], i, spec_.batch);
     threads_.reserve(static_cast<size_t>(spec_.threads));
@@ -130,9 +137,10 @@ class DecodeRing final : public BatchRing {
     if (stopping_)
       throw Error(codes::kAborted, "The decode ring was closed while a batch was awaited");
     if (broken_.code != nullptr) throw Error(broken_.code, broken_.message);
-    const Slot& slot = slot_of(position_);
+    Slot& slot = slot_of(position_);
     // The position stays: a damaged batch is never passed over in silence.
     if (slot.failure.code != nullptr) throw Error(slot.failure.code, slot.failure.message);
+    take_skips(slot);
     ++position_;
     return {slot.images, slot.labels, slot.augmentations, spec_.batch};
   }
@@ -164,11 +172,27 @@ class DecodeRing final : public BatchRing {
     return std::chrono::duration<double, std::milli>(waited_).count();
   }
 
+  std::vector<SkippedImage> skipped() const override {
+    const std::lock_guard lock(mutex_);
+    return skipped_;
+  }
+
  private:
   struct Failure {
     const char* code = nullptr;  // null: none
     std::string message;
     int64_t row = 0;
+  };
+
+  struct Skip {
+    int64_t row = 0;  // that the image would have had
+    SkippedImage skipped;
+  };
+
+  // What became of a claim.
+  struct Outcome {
+    Failure failure;
+    std::vector<Skip> skips;
   };
 
   struct Slot {
@@ -177,6 +201,7 @@ class DecodeRing final : public BatchRing {
     Augmentation* augmentations = nullptr;
     int64_t missing = 0;  // rows not decoded yet
     Failure failure;      // of the lowest row that failed
+    std::vector<Skip> skips;
   };
 
   // One block of the allocator's for each slot: images, labels, augmentations.
@@ -308,11 +333,13 @@ class DecodeRing final : public BatchRing {
       const Claim claim = take_claim();
       ++busy_;
       lock.unlock();
-      const Failure failure = fill(claim, joined);
+      Outcome outcome = fill(claim, joined);
       lock.lock();
       --busy_;
       Slot& slot = slot_of(claim.sequence);
       slot.missing -= claim.count;
+      std::move(outcome.skips.begin(), outcome.skips.end(), std::back_inserter(slot.skips));
+      const Failure& failure = outcome.failure;
       if (failure.code != nullptr &&
           (slot.failure.code == nullptr || failure.row < slot.failure.row)) {
         slot.failure = failure;
@@ -340,6 +367,7 @@ class DecodeRing final : public BatchRing {
       Slot& slot = slot_of(claim.sequence);
       slot.missing = spec_.batch;
       slot.failure = {};
+      slot.skips.clear();
     }
     claim_row_ += claim.count;
     if (claim_row_ == spec_.batch) {
@@ -353,26 +381,60 @@ class DecodeRing final : public BatchRing {
     return claim;
   }
 
-  Failure fill(const Claim& claim, std::vector<uint8_t>& joined) {
-    const Slot& slot = slot_of(claim.sequence);
+  Outcome fill(const Claim& claim, std::vector<uint8_t>& joined) {
+    Outcome outcome;
     for (int64_t row = claim.row; row < claim.row + claim.count; ++row) {
-      const auto at = static_cast<size_t>(
-          claim.order->rows[static_cast<size_t>(claim.step * spec_.batch + row)]);
+      if (!fill_row(claim, row, joined, outcome)) break;
+    }
+    return outcome;
+  }
+
+  // False: nothing sound was found for the row, and `outcome` says why.
+  bool fill_row(const Claim& claim, int64_t row, std::vector<uint8_t>& joined, Outcome& outcome) {
+    const Slot& slot = slot_of(claim.sequence);
+    const std::vector<int64_t>& order = claim.order->rows;
+    const size_t place = static_cast<size_t>(claim.step * spec_.batch + row);
+    // One more than may be skipped settles it: next() refuses the batch.
+    for (int64_t passed = 0; passed <= spec_.skips; ++passed) {
+      const auto at =
+          static_cast<size_t>(order[(place + static_cast<size_t>(passed)) % order.size()]);
       const int64_t image = spec_.images[at];
       try {
         const std::span<const uint8_t> jpeg = records_->image(image, joined);
         decode_jpeg(jpeg, records_->describe(image),
                     slot.images + static_cast<size_t>(row) * kImageBytes);
+        slot.labels[row] = spec_.labels[at];
+        slot.augmentations[row] = draw_augmentation(spec_, claim.epoch, image);
+        return true;
       } catch (const Error& error) {
-        return {error.code(), error.what(), row};
+        if (spec_.skips == 0 || std::strcmp(error.code(), codes::kData) != 0) {
+          outcome.failure = {error.code(), error.what(), row};
+          return false;
+        }
+        outcome.skips.push_back({row, {image, error.what()}});
       } catch (const std::exception& error) {
-        return {codes::kIo, "Could not read the " + records_->describe(image) + ": " + error.what(),
-                row};
+        outcome.failure = {codes::kIo,
+                           "Could not read the " + records_->describe(image) + ": " + error.what(),
+                           row};
+        return false;
       }
-      slot.labels[row] = spec_.labels[at];
-      slot.augmentations[row] = draw_augmentation(spec_, claim.epoch, image);
     }
-    return {};
+    return false;
+  }
+
+  // Counts what the batch whose turn it is had to leave out: here, and not where decoders come upon
+  // it, so that it depends on no thread's timing. Throws when it is too much.
+  void take_skips(Slot& slot) {
+    std::stable_sort(slot.skips.begin(), slot.skips.end(),
+                     [](const Skip& a, const Skip& b) { return a.row < b.row; });
+    for (const Skip& skip : slot.skips) {
+      if (known_.insert(skip.skipped.image).second) skipped_.push_back(skip.skipped);
+    }
+    if (spec_.skips == 0 || static_cast<int64_t>(known_.size()) <= spec_.skips) return;
+    const std::string last = skipped_.empty() ? "" : " (the last: " + skipped_.back().reason + ")";
+    throw Error(codes::kData, "More than the " + std::to_string(spec_.skips) +
+                                  " images that may be skipped are damaged in " + records_->path() +
+                                  last + "; restore the file or pack the data set again");
   }
 
   void stop() {
@@ -406,7 +468,9 @@ class DecodeRing final : public BatchRing {
   int busy_ = 0;     // decoders with a claim
   int callers_ = 0;  // threads inside next() or seek()
   Clock::duration waited_{};
-  Failure broken_;  // of the ring as a whole
+  Failure broken_;                     // of the ring as a whole
+  std::unordered_set<int64_t> known_;  // images that count towards RingSpec::skips
+  std::vector<SkippedImage> skipped_;  // of those, the ones met here
 
   std::vector<std::thread> threads_;
 };

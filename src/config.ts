@@ -194,6 +194,18 @@ export const configSchema = z.strictObject({
     .exactOptional()
     .describe('steps between checkpoints (default: once an epoch)'),
   keep: count().default(3).describe('checkpoints kept'),
+  onBadRecord: z
+    .enum(['fail', 'skip'])
+    .default('fail')
+    .describe(
+      'a damaged image: stop (fail), or leave it out, say so and train on the next sound one (skip), for at most 0.1% of the images',
+    ),
+  restarts: z
+    .int()
+    .min(0)
+    .max(1000)
+    .default(0)
+    .describe('times that `train` goes on by itself after a crash or the loss of its device'),
   resume: z.boolean().default(false).describe('go on from the newest sound checkpoint in `out`'),
 });
 
@@ -296,6 +308,8 @@ const FREE_ON_RESUME: ReadonlySet<keyof Config> = new Set<keyof Config>([
   'validateEvery',
   'checkpointEvery',
   'keep',
+  'onBadRecord', // no batch is another until an image is left out
+  'restarts',
   'resume',
 ]);
 

@@ -51,6 +51,7 @@ export {
   type CheckpointEvent,
   type EpochEvent,
   type EvaluationEvent,
+  type SkippedEvent,
   type StepEvent,
   Trainer,
   type TrainerEvent,

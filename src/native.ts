@@ -166,6 +166,8 @@ export interface NativeSession extends NativeHandle {
   train(batches: NativeBatches, settings: NativeStepSettings[]): Promise<NativeStepStats[]>;
   /** Makes every pending train() return after the present step with what it has done. */
   cancel(): void;
+  /** Steps done by all calls of train() that have ended, those before an error included. */
+  stepsDone(): number;
   embed(images: Uint8Array, mirror: boolean): Promise<Float32Array>;
   read(name: string): Promise<Float32Array>;
   write(name: string, values: Float32Array): Promise<void>;
@@ -200,6 +202,11 @@ export interface NativeRecords extends NativeHandle {
     decodeThreads: number;
     /** Whose page-locked memory the ring uses; null: plain memory. */
     execution: NativeExecution | null;
+    /**
+     * Leave out damaged images, at most `most` with those `known` already, and take the next sound one
+     * of the epoch's order instead; null: the first one is an error.
+     */
+    skip: { most: number; known: Int32Array } | null;
   }): Promise<NativeBatches>;
 }
 
@@ -208,6 +215,8 @@ export interface NativeBatches extends NativeHandle {
   seek(epoch: number, step: number): Promise<void>;
   /** Milliseconds that training has waited for this ring so far. */
   waitedMs(): number;
+  /** Images left out of the batches taken so far, each once, in order; without those `known` before. */
+  skipped(): { index: number; reason: string }[];
   /** Takes n batches and drops them, for `bench data`; milliseconds in all. */
   drain(n: number): Promise<number>;
 }

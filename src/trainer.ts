@@ -27,6 +27,7 @@ import {
   type NativeDevice,
   type NativeLoss,
   type NativeSession,
+  type NativeStepSettings,
   type NativeStepStats,
   type Precision,
 } from './native.js';
@@ -53,9 +54,10 @@ import {
   type Progress,
   type WarningKind,
 } from './train/health.js';
-import { type MetricsLine, RunDirectory } from './train/run-directory.js';
+import { type MetricsLine, RunDirectory, type SkippedLine } from './train/run-directory.js';
 import { writeRunReport } from './train/run-report.js';
 import { stepSettings, stepsPerCall } from './train/schedule.js';
+import { SkippedImages } from './train/skipped.js';
 
 /** Pairs drawn from held-out identities: as many as LFW's View 2 has. */
 const VALIDATION_PAIRS = 6000;
@@ -113,12 +115,19 @@ export interface WarningEvent {
   message: string;
 }
 
+/**
+ * A damaged image was left out (`onBadRecord: skip`) and the next sound one of the epoch's order took its
+ * place; said once of each image, and written into skipped.tsv.
+ */
+export type SkippedEvent = { type: 'skipped' } & SkippedLine;
+
 export type TrainerEvent =
   | StepEvent
   | EpochEvent
   | ValidationEvent
   | EvaluationEvent
   | CheckpointEvent
+  | SkippedEvent
   | WarningEvent;
 
 /** What a run is going to do. */
@@ -152,8 +161,11 @@ interface Parts {
   batches: NativeBatches;
   validation: Validation | null;
   directory: RunDirectory;
-  start: CheckpointState | null;
-  warnings: WarningEvent[];
+  start: FoundCheckpoint | null;
+  /** Null: a damaged image ends the run. */
+  skipped: SkippedImages | null;
+  /** What is said before the first step. */
+  news: (WarningEvent | SkippedEvent)[];
 }
 
 export interface TrainerOptions {
@@ -177,7 +189,7 @@ export class Trainer {
   private secondsBefore = 0;
   private startedMs = performance.now();
   private msPerStep: number | null = null;
-  private checkpointed: number | null = null;
+  private checkpointed: { step: number; path: string } | null = null;
   private readonly health: Health;
 
   private constructor(private readonly parts: Parts) {
@@ -191,11 +203,12 @@ export class Trainer {
     );
     const { start } = parts;
     if (start) {
-      this.step = start.step;
-      this.epochParts = start.epochProgress ? [start.epochProgress] : [];
-      this.validations = start.validations;
-      this.secondsBefore = start.seconds;
-      this.checkpointed = start.step;
+      const { step, epochProgress, validations, seconds } = start.state;
+      this.step = step;
+      this.epochParts = epochProgress ? [epochProgress] : [];
+      this.validations = validations;
+      this.secondsBefore = seconds;
+      this.checkpointed = { step, path: start.path };
     }
   }
 
@@ -226,7 +239,7 @@ export class Trainer {
     });
     const device = addon.devices()[execution.device]!;
     const config: Config = { ...asked, precision: execution.precision };
-    const warnings = found?.warnings ?? [];
+    const news: Parts['news'] = found?.warnings ?? [];
 
     const dispose: { dispose(): Promise<void> }[] = [];
     try {
@@ -238,6 +251,13 @@ export class Trainer {
       const data = fingerprintOf(dataset);
       if (found?.checkpoint) checkSameData(config.data, found.checkpoint.state.data, data);
       const split = splitOf(dataset, config);
+      const skipped = config.onBadRecord === 'skip' ? new SkippedImages(dataset) : null;
+      if (skipped) {
+        if (found?.checkpoint) {
+          skipped.resume(await directory.readSkipped(found.checkpoint.state.step));
+        }
+        split.validation = await soundOnly(split.validation, skipped, news);
+      }
       const { images, labels, classes } = split.train;
       if (images.length < config.batch) {
         throw new HardmineError(
@@ -275,6 +295,7 @@ export class Trainer {
         crop: config.augment.crop,
         decodeThreads,
         execution: addon.backend === 'cuda' ? execution : null,
+        skip: skipped && { most: skipped.most, known: skipped.known },
       });
       dispose.push(batches);
       const environment = environmentOf(addon.backend, device, config, threads, session.engines);
@@ -282,7 +303,7 @@ export class Trainer {
         await restore(session, found.checkpoint);
         const { state } = found.checkpoint;
         await batches.seek(state.epoch, state.stepInEpoch);
-        warnings.push(...environmentWarnings(state.environment, environment));
+        news.push(...environmentWarnings(state.environment, environment));
       }
       return new Trainer({
         config,
@@ -305,8 +326,9 @@ export class Trainer {
         batches,
         validation: await validationOf(config, dataset, split.validation, session),
         directory,
-        start: found?.checkpoint?.state ?? null,
-        warnings,
+        start: found?.checkpoint ?? null,
+        skipped,
+        news,
       });
     } catch (error) {
       for (const part of dispose.reverse()) await part.dispose();
@@ -329,7 +351,8 @@ export class Trainer {
       await removeStale(directory.checkpoints);
       // Of a run that was finished and goes on for more epochs.
       if (this.step < plan.totalSteps) await directory.remove(['evaluation.json', 'report.html']);
-      yield* this.parts.warnings;
+      if (this.parts.skipped) await directory.writeSkipped(this.parts.skipped.lines);
+      yield* this.parts.news;
       this.startedMs = performance.now();
       while (this.step < plan.totalSteps) {
         if (signal?.aborted) {
@@ -393,7 +416,7 @@ export class Trainer {
 
   /** One native call and what falls due after it. */
   private async *trainSome(): AsyncGenerator<TrainerEvent, void, void> {
-    const { config, session, batches, directory } = this.parts;
+    const { config, directory } = this.parts;
     const { stepsPerEpoch, totalSteps } = this.plan;
     const { epoch, stepInEpoch } = this.position;
     const toCheckpoint = config.checkpointEvery
@@ -405,7 +428,7 @@ export class Trainer {
       stepSettings(config, first + i, stepsPerEpoch),
     );
     const startMs = performance.now();
-    const stats = await session.train(batches, settings);
+    const stats = await this.trainSteps(settings);
     const done = stats.length;
     if (done === 0) return; // cancelled before the first step
     const callMs = performance.now() - startMs;
@@ -428,8 +451,12 @@ export class Trainer {
     };
     await directory.append(line, rows);
     yield { type: 'step', ...line };
+    yield* this.skips();
     if (first === 0) yield* this.checkFirst(stats[0]!, settings[0]!.marginFactor);
-    for (const warning of this.health.observe(progress, this.step, last.marginFactor)) {
+    for (const warning of [
+      ...this.health.observeSteps(stats, first + 1),
+      ...this.health.observe(progress, this.step, last.marginFactor),
+    ]) {
       yield { type: 'warning', ...warning };
     }
 
@@ -439,6 +466,35 @@ export class Trainer {
       ? this.step % config.checkpointEvery === 0 || this.step === totalSteps
       : endsEpoch;
     if (due) yield await this.checkpoint();
+  }
+
+  /** One native call; of a number that is not finite it says at which step, and what is still sound. */
+  private async trainSteps(settings: NativeStepSettings[]): Promise<NativeStepStats[]> {
+    const { session, batches } = this.parts;
+    const before = session.stepsDone();
+    try {
+      return await session.train(batches, settings);
+    } catch (error) {
+      if (!(error instanceof HardmineError) || error.code !== 'ERR_NON_FINITE') throw error;
+      const step = this.step + session.stepsDone() - before + 1;
+      const sound = this.checkpointed
+        ? `the last good checkpoint is ${this.checkpointed.path}`
+        : 'there is no checkpoint yet';
+      throw new HardmineError(error.code, `step ${step}, ${sound}: ${error.message}`, {
+        cause: error,
+      });
+    }
+  }
+
+  /** What the steps since the last look had to leave out. */
+  private async *skips(): AsyncGenerator<TrainerEvent, void, void> {
+    const { batches, directory, skipped } = this.parts;
+    if (!skipped) return;
+    const { lines, warnings } = skipped.add(batches.skipped(), this.step);
+    if (lines.length === 0) return;
+    await directory.writeSkipped(skipped.lines);
+    for (const line of lines) yield { type: 'skipped', ...line };
+    for (const warning of warnings) yield { type: 'warning', ...warning };
   }
 
   private *checkFirst(stats: NativeStepStats, marginFactor: number): Iterable<TrainerEvent> {
@@ -466,7 +522,7 @@ export class Trainer {
   }
 
   private async *endEpoch(epoch: number): AsyncGenerator<TrainerEvent, void, void> {
-    const { config, validation } = this.parts;
+    const { config, directory, session, validation } = this.parts;
     const mean = meanProgress(this.epochParts);
     this.epochParts = [];
     yield {
@@ -480,6 +536,14 @@ export class Trainer {
       kept: mean.kept,
       amplified: mean.amplified,
     };
+    // Of fp16 alone.
+    if (session.tensors.some(({ name }) => name === 'loss_scale')) {
+      const scale = (await session.read('loss_scale'))[0]!;
+      await directory.scalars(this.step, { 'training/lossScale': scale });
+      for (const warning of this.health.observeLossScale(scale, this.step)) {
+        yield { type: 'warning', ...warning };
+      }
+    }
     if (epoch % config.validateEvery !== 0 && epoch !== config.epochs) return;
     const info: ModelInfo = { configHash: configHash(config) };
     let isBest = true;
@@ -487,7 +551,7 @@ export class Trainer {
       const event = await this.validate(validation, epoch);
       info.threshold = event.threshold;
       isBest = event.best;
-      await this.parts.directory.scalars(this.step, { 'validation/accuracy': event.accuracy });
+      await directory.scalars(this.step, { 'validation/accuracy': event.accuracy });
       yield event;
     }
     await this.saveModels(info, isBest);
@@ -556,14 +620,14 @@ export class Trainer {
       },
       config.keep,
     );
-    this.checkpointed = this.step;
-    return { type: 'checkpoint', step: this.step, path };
+    this.checkpointed = { step: this.step, path };
+    return { type: 'checkpoint', ...this.checkpointed };
   }
 
   /** LFW and YouTube Faces, once, by the best model, and the report. */
   private async *finish(signal: AbortSignal | undefined): AsyncGenerator<TrainerEvent, void, void> {
     const { config, directory, environment } = this.parts;
-    if (this.checkpointed !== this.step) yield await this.checkpoint();
+    if (this.checkpointed?.step !== this.step) yield await this.checkpoint();
     // Written last: where it stands, the run is finished.
     if (await exists(directory.file('report.html'))) return;
     const model = directory.file('best.safetensors');
@@ -661,6 +725,25 @@ function splitOf(dataset: Dataset, config: Config): Split {
   const { labels, identities } = dataset;
   const images = Int32Array.from(labels.keys());
   return { train: { images, labels, classes: identities }, validation: null };
+}
+
+/** Held-out images without the damaged ones, which are told of before the first step. */
+async function soundOnly(
+  heldOut: Split['validation'],
+  skipped: SkippedImages,
+  news: Parts['news'],
+): Promise<Split['validation']> {
+  if (!heldOut) return null;
+  const damaged = await skipped.damagedOf(heldOut.images);
+  const { lines, warnings } = skipped.add(damaged, 0);
+  news.push(...lines.map((line): SkippedEvent => ({ type: 'skipped', ...line })));
+  news.push(...warnings.map((warning): WarningEvent => ({ type: 'warning', ...warning })));
+  const indices = new Set(damaged.map(({ index }) => index));
+  const sound = [...heldOut.images.keys()].filter((i) => !indices.has(heldOut.images[i]!));
+  return {
+    images: Int32Array.from(sound, (i) => heldOut.images[i]!),
+    labels: Int32Array.from(sound, (i) => heldOut.labels[i]!),
+  };
 }
 
 async function validationOf(

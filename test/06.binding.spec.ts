@@ -138,6 +138,7 @@ describe('the native addon', () => {
       crop: 2,
       decodeThreads: 1,
       execution: null,
+      skip: null,
     });
 
   describe('its loader', () => {
@@ -513,6 +514,7 @@ describe('the native addon', () => {
         calls: {
           train: ([batches]) => [batches, [STEP]],
           cancel: () => [],
+          stepsDone: () => [],
           embed: () => [image, false],
           read: () => [tensor],
           write: () => [tensor, new Float32Array(64 * 3 * 7 * 7)],
@@ -542,6 +544,7 @@ describe('the native addon', () => {
               crop: 0,
               decodeThreads: 1,
               execution: EXECUTION,
+              skip: { most: 1, known: new Int32Array([1]) },
             },
           ],
         },
@@ -551,7 +554,7 @@ describe('the native addon', () => {
           const records = await addon.openRecords(rec, idx);
           return { handle: await openBatches(records), also: [records] };
         },
-        calls: { seek: () => [2, 1], waitedMs: () => [], drain: () => [3] },
+        calls: { seek: () => [2, 1], waitedMs: () => [], skipped: () => [], drain: () => [3] },
       },
     };
 
@@ -707,7 +710,8 @@ describe('the native addon', () => {
         const records = await addon.openRecords(${JSON.stringify(rec)}, ${JSON.stringify(idx)});
         const batches = await records.batches({
           images: Int32Array.from(records.labels.keys()), labels: records.labels, batch: ${BATCH},
-          seed: 1, mirror: true, crop: 0, decodeThreads: 2, execution: null });
+          seed: 1, mirror: true, crop: 0, decodeThreads: 2, execution: null,
+          skip: null });
         let session;
         const busy = async () => {
           session = await addon.createSession(${JSON.stringify(SESSION)}, execution);

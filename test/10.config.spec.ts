@@ -76,6 +76,8 @@ describe('configuration', () => {
       threads: 0,
       validateEvery: 1,
       keep: 3,
+      onBadRecord: 'fail',
+      restarts: 0,
       resume: false,
     });
   });
@@ -245,7 +247,18 @@ describe('configuration', () => {
     const base = resolveConfig(MINIMUM);
     const changed = (input: object) =>
       changedOnResume(base, resolveConfig({ ...MINIMUM, ...input }));
-    assert.equal(changed({ epochs: 30, threads: 1, keep: 9, resume: true, out: 'moved' }), null);
+    assert.equal(
+      changed({
+        epochs: 30,
+        threads: 1,
+        keep: 9,
+        resume: true,
+        out: 'moved',
+        restarts: 2,
+        onBadRecord: 'skip',
+      }),
+      null,
+    );
     assert.equal(changed({ lr: 0.02 }), 'lr');
     assert.equal(changed({ weighting: { alpha: 2 } }), 'weighting');
     assert.equal(changed({ center: {} }), 'center');

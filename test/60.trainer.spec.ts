@@ -14,6 +14,7 @@ import { join } from 'node:path';
 import { monitorEventLoopDelay } from 'node:perf_hooks';
 import { type ConfigInput, resolveConfig } from '../src/config.js';
 import { openDataset } from '../src/data/dataset.js';
+import { RandomStream } from '../src/data/random.js';
 import { RecordWriter } from '../src/formats/recordio.js';
 import { readSafetensors } from '../src/formats/safetensors.js';
 import * as api from '../src/index.js';
@@ -557,6 +558,45 @@ describe('health of a run', () => {
     const knot = resolveConfig({ data: 'x', out: 'y', weighting });
     assert.match(watch({ silenced: 0.99 }, knot)[0]!.message, /knot-magnify .*lower gamma/);
     assert.deepEqual(watch({ silenced: 0.99, accuracy: 0.98 }), []);
+  });
+
+  it('is remarked on once when a step is far from those before it', () => {
+    /** 300 steps whose loss falls from 20, with noise of 0.3 and the figures given at step 250. */
+    const run = (planted: object): ReturnType<Health['observeSteps']> => {
+      const health = new Health(config, native, 854, 285);
+      const random = new RandomStream(3, 0);
+      const warnings = [];
+      for (let step = 1; step <= 300; step++) {
+        const baseLoss = 20 - step / 50 + 0.3 * random.normal();
+        const stats = { baseLoss, embeddingNorm: 22.6, ...(step === 250 && planted) };
+        warnings.push(...health.observeSteps([stats], step));
+      }
+      return warnings;
+    };
+    assert.deepEqual(run({}), []);
+    const [loss, ...more] = run({ baseLoss: 21, embeddingNorm: 60 });
+    assert.deepEqual([loss?.kind, more], ['outlier', []]);
+    // The mean over steps 122 to 249 is 20 - 185.5 / 50; noise and fall deviate by 0.8 at most.
+    assert.match(loss!.message, /^the base loss is 21\.00 at step 250, .* mean of 16\.[23]/);
+    assert.match(run({ embeddingNorm: 25 })[0]!.message, /^the norm of the embeddings is 25\.00 /);
+    // Five percent of a norm that never moves is nothing, and neither is a fall.
+    assert.deepEqual(run({ embeddingNorm: 22.6 * 1.05 }), []);
+    assert.deepEqual(run({ baseLoss: 2 }), []);
+  });
+
+  it('needs as many steps as the mean is taken over before it speaks of an outlier', () => {
+    const health = new Health(config, native, 854, 285);
+    const quiet = Array.from({ length: 127 }, () => ({ baseLoss: 1, embeddingNorm: 1 }));
+    assert.deepEqual(health.observeSteps([...quiet, { baseLoss: 99, embeddingNorm: 1 }], 1), []);
+  });
+
+  it('is remarked on once when the loss scale of fp16 collapses', () => {
+    const health = new Health(config, native, 854, 285);
+    for (const scale of [65536, 1024, 32]) assert.deepEqual(health.observeLossScale(scale, 9), []);
+    const [warning] = health.observeLossScale(16, 570);
+    assert.equal(warning?.kind, 'loss-scale');
+    assert.match(warning.message, /fallen to 16 after 570 steps.*bf16/);
+    assert.deepEqual(health.observeLossScale(1, 855), []);
   });
 
   it('takes means over rows, not over calls', () => {

@@ -307,6 +307,7 @@ function makeBatches(
     crop: 0,
     decodeThreads,
     execution: null,
+    skip: null,
   });
 }
 

@@ -252,6 +252,7 @@ async function tryOut(
     crop: 0,
     decodeThreads: 1,
     execution: null,
+    skip: null,
   });
   try {
     const untrained: TensorMap = new Map();

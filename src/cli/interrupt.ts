@@ -2,6 +2,8 @@ import { EXIT, output } from './command.js';
 
 export interface Interrupt extends Disposable {
   readonly signal: AbortSignal;
+  /** As a Ctrl-C. */
+  stop(): void;
 }
 
 /** The first Ctrl-C (or SIGTERM) stops the work in an orderly way, the second one ends at once. */
@@ -16,6 +18,7 @@ export function stopOnInterrupt(whatHappens: string): Interrupt {
   process.on('SIGTERM', stop);
   return {
     signal: controller.signal,
+    stop,
     [Symbol.dispose](): void {
       process.off('SIGINT', stop);
       process.off('SIGTERM', stop);

@@ -23,7 +23,7 @@ import { TrainingLog } from './training-log.js';
 /** Keys of the configuration that the rows or the experiment itself decide. */
 const DECIDED = [
   ...['data', 'out', 'validation', 'lfw', 'lfwPairs', 'ytf', 'ytfSplits', 'seed', 'resume'],
-  ...['validateEvery'],
+  ...['validateEvery', 'restarts'],
   ...['loss', 'scale', 'margin', 'm1', 'm2', 'm3', 'lambda', 'marginWarmUp'],
   ...['marginGradient', 'beyondPi', 'pull', 'weighting', 'center'],
 ];

@@ -1,6 +1,6 @@
 import { join } from 'node:path';
 import type { Command } from 'commander';
-import { MAX_CONFIG_BYTES } from '../config.js';
+import { MAX_CONFIG_BYTES, resolveConfig } from '../config.js';
 import { readFileBounded } from '../data/files.js';
 import { HardmineError, oneLine } from '../errors.js';
 import { evaluationFigures } from '../train/evaluation.js';
@@ -8,6 +8,7 @@ import { Trainer } from '../trainer.js';
 import { type CommonOptions, makeCommand, output, percent } from './command.js';
 import { addConfigOptions, overlay } from './config-options.js';
 import { stopOnInterrupt } from './interrupt.js';
+import { isSupervised, reportFailure, supervise, whenAbandoned } from './supervisor.js';
 import { TrainingLog } from './training-log.js';
 
 export function trainCommand(): Command {
@@ -20,7 +21,12 @@ export function trainCommand(): Command {
   command.action(async (file: string | undefined, options: CommonOptions) => {
     const given = configFrom(command.opts());
     const config = overlay(await baseConfig(file, given), given);
-    await train(config, options);
+    if (isSupervised()) return supervisedTrain(config, options);
+    const { out, restarts } = resolveConfig(config);
+    if (restarts === 0) return train(config, options);
+    const log = new TrainingLog();
+    // The child has said what there is to say; its exit code is this command's.
+    process.exit(await supervise({ out, restarts }, (restart) => log.restart(restart)));
   });
   return command;
 }
@@ -68,8 +74,25 @@ async function readConfig(path: string): Promise<Record<string, unknown>> {
   return value as Record<string, unknown>;
 }
 
+async function supervisedTrain(
+  config: Record<string, unknown>,
+  options: CommonOptions,
+): Promise<void> {
+  try {
+    await train(config, options);
+  } catch (error) {
+    reportFailure(error);
+    throw error;
+  }
+}
+
 async function train(config: Record<string, unknown>, options: CommonOptions): Promise<void> {
   using interrupt = stopOnInterrupt('the run stops after this step and writes a checkpoint');
+  if (isSupervised()) {
+    whenAbandoned(() => {
+      if (!interrupt.signal.aborted) interrupt.stop(); // twice would mean at once
+    });
+  }
   const log = new TrainingLog();
   // The schema inside Trainer.create is what checks it.
   const trainer = await Trainer.create(config as Parameters<typeof Trainer.create>[0], {

@@ -4,6 +4,7 @@ import type { DataProgress } from '../data/dataset.js';
 import type { FinalResult } from '../train/evaluation.js';
 import type { EpochEvent, TrainerEvent, TrainingPlan, ValidationEvent } from '../trainer.js';
 import { colours, output, percent } from './command.js';
+import type { Restart } from './supervisor.js';
 
 /** A step's line on a log that is no terminal, at most this often. */
 const LINE_MS = 1000;
@@ -111,12 +112,30 @@ export class TrainingLog {
         if (!this.terminal) this.line(type, figures);
         return;
       }
+      case 'skipped': {
+        const { type, ...figures } = event;
+        this.say(
+          type,
+          figures,
+          () => `${colours.yellow('skipped')}: an image of ${event.identity}: ${event.reason}`,
+        );
+        return;
+      }
       case 'warning': {
         const { type, ...figures } = event;
         this.say(type, figures, () => `${colours.yellow('warning')}: ${event.message}`);
         return;
       }
     }
+  }
+
+  /** Of the supervisor of a run, which goes on after `figures.pauseSeconds`. */
+  restart(figures: Restart): void {
+    const { restart, restarts, reason, step, pauseSeconds } = figures;
+    this.say('restart', figures, () => {
+      const from = step === 0 ? 'the start' : `the checkpoint of step ${step}`;
+      return `${colours.yellow('restart')} ${restart} of ${restarts} in ${pauseSeconds} s, because ${reason}: training goes on from ${from}`;
+    });
   }
 
   end(): void {

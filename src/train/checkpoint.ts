@@ -146,9 +146,25 @@ async function checkpointNames(folder: string): Promise<string[]> {
     .sort((a, b) => Number(b.slice(5)) - Number(a.slice(5)));
 }
 
+/** Removes all but the newest `keep`. */
+async function prune(folder: string, keep: number): Promise<void> {
+  try {
+    for (const name of (await checkpointNames(folder)).slice(keep)) {
+      await discard(join(folder, name));
+    }
+  } catch (cause) {
+    const reason = cause instanceof Error ? cause.message : String(cause);
+    throw new HardmineError(
+      'ERR_IO',
+      `an old checkpoint in ${folder} could not be removed (${reason}): mend the permissions or the disk, then go on with --resume`,
+      { cause },
+    );
+  }
+}
+
 /**
- * Writes a checkpoint into `folder` and removes all but the newest `keep`. On any failure nothing of
- * it is left and the older ones are untouched.
+ * Writes a checkpoint into `folder` and then removes all but the newest `keep`. A failure leaves the
+ * newest older one untouched, and of this one nothing or, when it comes after the rename, the whole.
  *
  * @returns the checkpoint's folder
  * @throws HardmineError ERR_IO when the operating system refuses
@@ -186,7 +202,7 @@ export async function writeCheckpoint(
     await rm(temporary, { recursive: true, force: true }).catch(() => undefined);
     throw cause instanceof HardmineError ? cause : ioFailure(path, cause);
   }
-  for (const name of (await checkpointNames(folder)).slice(keep)) await discard(join(folder, name));
+  await prune(folder, keep);
   return path;
 }
 
@@ -215,16 +231,22 @@ async function verify(path: string): Promise<CheckpointState> {
     }),
   );
   if (!manifest.success) throw new Error('MANIFEST.json is not a manifest of files');
-  for (const name of FILES) {
+  const expected = FILES.map((name) => {
     const listed = manifest.data.files[name];
     if (listed === undefined) throw new Error(`MANIFEST.json does not list ${name}`);
+    return { name, ...listed };
+  });
+  // Sizes first: they cost nothing, and what was cut off is the commonest damage.
+  for (const { name, bytes } of expected) {
     const found = await stat(join(path, name)).catch(() => null);
     if (found === null) throw new Error(`${name} is missing`);
     if (!found.isFile()) throw new Error(`${name} is not a file`);
-    if (found.size !== listed.bytes) {
-      throw new Error(`${name} has ${found.size} bytes where its manifest says ${listed.bytes}`);
+    if (found.size !== bytes) {
+      throw new Error(`${name} has ${found.size} bytes where its manifest says ${bytes}`);
     }
-    if ((await sha256OfFile(join(path, name))) !== listed.sha256) {
+  }
+  for (const { name, sha256 } of expected) {
+    if ((await sha256OfFile(join(path, name))) !== sha256) {
       throw new Error(`${name} differs from the SHA-256 in its manifest`);
     }
   }

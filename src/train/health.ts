@@ -1,6 +1,6 @@
 /**
  * What a trainer watches for: a first loss that is not what the formulas promise, and the ways in
- * which a margin loss fails to start. Each is said once, with the setting to change.
+ * which training fails to start or comes to harm. Each is said once, with the setting to change.
  */
 import type { Config } from '../config.js';
 import { plateauLoss } from '../loss.js';
@@ -11,8 +11,11 @@ export type WarningKind =
   | 'plateau'
   | 'collapse'
   | 'silenced'
+  | 'outlier'
+  | 'loss-scale'
   | 'checkpoint'
-  | 'environment';
+  | 'environment'
+  | 'identity';
 
 /** Means over the rows of some steps. */
 export interface Progress {
@@ -37,6 +40,9 @@ export interface HealthWarning {
 const WINDOW_STEPS = 100;
 /** Nothing is said about a start before this many steps, nor before the first epoch has ended. */
 const START_STEPS = 300;
+
+/** Twelve halvings below where it starts, and four above 1, at which the session gives up. */
+const COLLAPSED_LOSS_SCALE = 16;
 
 /**
  * Checks the mean base loss of the first step against `expected` (see expectedFirstLoss). The
@@ -70,9 +76,45 @@ function startingAdvice(config: Config): string {
   return `try ${advice.join(', ')}`;
 }
 
-/** Watches the figures of a run; tell it every call's progress. */
+/** Steps behind the mean and the deviation that an outlier is measured by: llm.c's. */
+const OUTLIER_STEPS = 128;
+/** Deviations from the mean beyond which a figure is one. */
+const OUTLIER_SCORE = 6;
+/**
+ * The deviation is taken as at least this share of the greatest mean so far. A loss that has come down to
+ * nearly nothing, or a norm that hardly moves, is far from its mean at every hard batch.
+ */
+const OUTLIER_FLOOR = 0.01;
+
+/** The running mean of one figure of each step. */
+class RunningFigure {
+  private readonly last: number[] = [];
+  private greatestMean = 0;
+
+  /** The mean and the score of `value` against the steps before it; null while they are too few. */
+  observe(value: number): { mean: number; score: number } | null {
+    const { last } = this;
+    let found = null;
+    if (last.length === OUTLIER_STEPS) {
+      const mean = last.reduce((sum, x) => sum + x, 0) / last.length;
+      const variance = last.reduce((sum, x) => sum + (x - mean) ** 2, 0) / last.length;
+      this.greatestMean = Math.max(this.greatestMean, Math.abs(mean));
+      const deviation = Math.max(Math.sqrt(variance), OUTLIER_FLOOR * this.greatestMean);
+      found = { mean, score: deviation === 0 ? 0 : (value - mean) / deviation };
+      last.shift();
+    }
+    last.push(value);
+    return found;
+  }
+}
+
+/** Watches the figures of a run; tell it every call's steps and progress. */
 export class Health {
   private window: Progress[] = [];
+  private readonly figures = {
+    'base loss': new RunningFigure(),
+    'norm of the embeddings': new RunningFigure(),
+  };
   private readonly said = new Set<WarningKind>();
 
   constructor(
@@ -120,6 +162,41 @@ export class Health {
         message: `the weighting ${kind} silences ${(100 * mean.silenced).toFixed(1)}% of the samples though training accuracy is only ${mean.accuracy.toFixed(3)}: ${remedy}, or set weighting none`,
       });
     }
+    return this.unsaid(warnings);
+  }
+
+  /** Figures of single steps, `first` being the number of the first of them, from 1. */
+  observeSteps(
+    stats: readonly { baseLoss: number; embeddingNorm: number }[],
+    first: number,
+  ): HealthWarning[] {
+    const warnings: HealthWarning[] = [];
+    for (const [i, { baseLoss, embeddingNorm }] of stats.entries()) {
+      const values = { 'base loss': baseLoss, 'norm of the embeddings': embeddingNorm };
+      for (const name of ['base loss', 'norm of the embeddings'] as const) {
+        const found = this.figures[name].observe(values[name]);
+        if (found === null || found.score <= OUTLIER_SCORE) continue;
+        warnings.push({
+          kind: 'outlier',
+          message: `the ${name} is ${values[name].toPrecision(4)} at step ${first + i}, ${found.score.toFixed(1)} standard deviations above its mean of ${found.mean.toPrecision(4)} over the ${OUTLIER_STEPS} steps before: if it does not come down, lower lr or go back to an earlier checkpoint, and look for wrong labels in the data`,
+        });
+      }
+    }
+    return this.unsaid(warnings);
+  }
+
+  /** The scale of fp16's gradients after `step` steps; see core/backend.h's "loss_scale". */
+  observeLossScale(scale: number, step: number): HealthWarning[] {
+    if (scale > COLLAPSED_LOSS_SCALE) return [];
+    return this.unsaid([
+      {
+        kind: 'loss-scale',
+        message: `the loss scale of fp16 has fallen to ${scale} after ${step} steps (it starts at 65536): gradients overflow again and again and their steps are skipped; lower lr or scale, or train with --precision bf16 or fp32`,
+      },
+    ]);
+  }
+
+  private unsaid(warnings: readonly HealthWarning[]): HealthWarning[] {
     return warnings.filter(({ kind }) => {
       const isNew = !this.said.has(kind);
       this.said.add(kind);

@@ -1,11 +1,25 @@
 /** The folder of one run: its configuration, its figures, its checkpoints and models. */
+import { randomBytes } from 'node:crypto';
 import { type FileHandle, mkdir, open, readFile, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { type Config, MAX_CONFIG_BYTES } from '../config.js';
 import { readFileBounded } from '../data/files.js';
 import { HardmineError } from '../errors.js';
-import { writeFileAtomic } from '../formats/atomic.js';
+import { removeAbandonedFiles, writeFileAtomic } from '../formats/atomic.js';
 import { EventWriter } from '../formats/tfevents.js';
+
+/** One line of skipped.tsv: an image that was left out of training. */
+export interface SkippedLine {
+  /** Steps done when it was found. */
+  step: number;
+  /** The .rec and the key of the record in its .idx. */
+  file: string;
+  key: number;
+  identity: string;
+  reason: string;
+}
+
+const SKIPPED_COLUMNS = ['step', 'file', 'key', 'identity', 'reason'] as const;
 
 /** One line of metrics.jsonl: means over the steps since the line before. */
 export interface MetricsLine {
@@ -82,7 +96,8 @@ export class RunDirectory {
     }
     try {
       const made = await mkdir(path, { recursive: true });
-      const probe = join(path, `.probe-${process.pid}`);
+      // A name that removeAbandonedFiles knows, should the process be killed here.
+      const probe = join(path, `.probe.${process.pid}-${randomBytes(4).toString('hex')}.tmp`);
       try {
         await (await open(probe, 'wx')).close();
       } finally {
@@ -111,14 +126,44 @@ export class RunDirectory {
     }
   }
 
+  /** The images that were left out in the first `step` steps. */
+  async readSkipped(step: number): Promise<SkippedLine[]> {
+    const text = await readFile(this.file('skipped.tsv'), 'utf8').catch(noFile);
+    const lines: SkippedLine[] = [];
+    for (const line of text.split('\n').slice(1)) {
+      const [at, file, key, identity, reason] = line.split('\t');
+      if (reason === undefined) break; // only the last line can be half written
+      const found = {
+        step: Number(at),
+        file: file!,
+        key: Number(key),
+        identity: identity!,
+        reason,
+      };
+      if (found.step <= step) lines.push(found);
+    }
+    return lines;
+  }
+
+  /** Replaces skipped.tsv, which stands only where there is something to say. */
+  async writeSkipped(lines: readonly SkippedLine[]): Promise<void> {
+    if (lines.length === 0) return this.remove(['skipped.tsv']);
+    const rows = lines.map((line) => SKIPPED_COLUMNS.map((column) => cell(line[column])));
+    await writeFileAtomic(
+      this.file('skipped.tsv'),
+      [[...SKIPPED_COLUMNS], ...rows].map((row) => `${row.join('\t')}\n`),
+    );
+  }
+
   /**
-   * Makes the folder, writes the configuration, opens metrics.jsonl, cut back to `step`, and starts an
-   * event file for TensorBoard.
+   * Makes the folder, removes what a killed process left half written, writes the configuration, opens
+   * metrics.jsonl, cut back to `step`, and starts an event file for TensorBoard.
    */
   async open(config: Config, step: number): Promise<void> {
     const metrics = this.file('metrics.jsonl');
     try {
       await mkdir(this.checkpoints, { recursive: true });
+      await removeAbandonedFiles(this.path);
       const lines = await readMetrics(metrics);
       const kept = lines.filter((line) => line.step <= step);
       await writeFileAtomic(
@@ -183,10 +228,7 @@ export class RunDirectory {
 
 /** The whole lines of a metrics.jsonl; a line that a killed process left half written is left out. */
 export async function readMetrics(path: string): Promise<MetricsLine[]> {
-  const text = await readFile(path, 'utf8').catch((error: NodeJS.ErrnoException) => {
-    if (error.code === 'ENOENT') return '';
-    throw error;
-  });
+  const text = await readFile(path, 'utf8').catch(noFile);
   const lines: MetricsLine[] = [];
   for (const line of text.split('\n')) {
     if (line === '') continue;
@@ -199,6 +241,17 @@ export async function readMetrics(path: string): Promise<MetricsLine[]> {
     }
   }
   return lines;
+}
+
+/** The text of a file that is not there. */
+function noFile(error: NodeJS.ErrnoException): string {
+  if (error.code === 'ENOENT') return '';
+  throw error;
+}
+
+/** A value as a cell of a table: names from outside may hold its separators. */
+function cell(value: string | number): string {
+  return String(value).replace(/[\t\r\n]/g, ' ');
 }
 
 async function isFile(path: string): Promise<boolean> {

@@ -362,6 +362,139 @@ TEST_CASE("ring: a damaged image is reported when its batch's turn comes") {
   }
 }
 
+TEST_CASE("ring: a skipped image's row goes to the next sound one of the order") {
+  constexpr int64_t n = 29;
+  constexpr int64_t batch = 6;
+  constexpr int64_t steps = n / batch;
+  const auto first_order = epoch_permutation(n, 5, 1);
+  // One alone, two that follow each other, and the last of an epoch's order, which the first
+  // follows.
+  const std::vector<int64_t> damaged = {first_order[2], first_order[9], first_order[10],
+                                        epoch_permutation(n, 5, 2)[steps * batch - 1]};
+  const auto records = std::make_shared<FakeRecords>(n);
+  for (const int64_t image : damaged) records->damage(image);
+  const auto is_damaged = [&](int64_t image) {
+    return std::find(damaged.begin(), damaged.end(), image) != damaged.end();
+  };
+  // Straight from the rule.
+  const auto expected_image = [&](int64_t b, int64_t row) {
+    const auto order = epoch_permutation(n, 5, 1 + b / steps);
+    auto place = static_cast<size_t>(b % steps * batch + row);
+    while (is_damaged(order[place])) place = (place + 1) % n;
+    return order[place];
+  };
+  std::vector<Copy> run;
+  for (const int threads : {1, 3}) {
+    CAPTURE(threads);
+    Ledger ledger;
+    RingSpec spec = spec_of(n, batch, threads);
+    spec.crop = 3;
+    spec.skips = 4;
+    const auto ring = make_ring(records, spec, ledger);
+    // The same augmentation as without any damage: it depends on the image.
+    RingSpec whole = spec;
+    whole.skips = 0;
+    std::map<std::pair<int64_t, int32_t>, std::vector<int>> drawn;
+    Ledger other;
+    const auto sound = make_ring(std::make_shared<FakeRecords>(n), whole, other);
+    for (int64_t b = 0; b < 3 * steps; ++b) {
+      const Copy copy = copy_of(sound->next());
+      for (size_t row = 0; row < batch; ++row) {
+        drawn[{b / steps, copy.labels[row]}] = {copy.augmentations[3 * row],
+                                                copy.augmentations[3 * row + 1],
+                                                copy.augmentations[3 * row + 2]};
+      }
+    }
+    std::vector<int64_t> reported;
+    for (int64_t b = 0; b < 3 * steps; ++b) {
+      const Copy copy = copy_of(ring->next());
+      for (int64_t row = 0; row < batch; ++row) {
+        const int64_t image = expected_image(b, row);
+        const auto at = static_cast<size_t>(row);
+        REQUIRE(copy.labels[at] == static_cast<int32_t>(100 + image));
+        ByteString pixels(kImageBytes);
+        decode_jpeg(records->jpeg(image), "image", pixels.data());
+        REQUIRE(std::equal(pixels.begin(), pixels.end(),
+                           copy.images.begin() + static_cast<std::ptrdiff_t>(at * kImageBytes)));
+        const auto known = drawn.find({b / steps, copy.labels[at]});
+        if (known == drawn.end()) continue;  // of the images that an epoch drops
+        REQUIRE(known->second == std::vector<int>{copy.augmentations[3 * at],
+                                                  copy.augmentations[3 * at + 1],
+                                                  copy.augmentations[3 * at + 2]});
+      }
+      // Each is reported with its batch, once.
+      for (int64_t row = 0; row < batch; ++row) {
+        const int64_t image =
+            epoch_permutation(n, 5, 1 + b / steps)[static_cast<size_t>(b % steps * batch + row)];
+        const bool fresh = std::find(reported.begin(), reported.end(), image) == reported.end();
+        if (is_damaged(image) && fresh) reported.push_back(image);
+      }
+      const auto skipped = ring->skipped();
+      REQUIRE(skipped.size() == reported.size());
+      for (size_t i = 0; i < skipped.size(); ++i) {
+        REQUIRE(skipped[i].image == reported[i]);
+        check_contains(skipped[i].reason,
+                       {"image key " + std::to_string(reported[i] + 1) + " at byte", "of fake.rec",
+                        "damaged JPEG"});
+      }
+      if (threads == 1) {
+        run.push_back(copy);
+      } else {
+        REQUIRE(copy == run[static_cast<size_t>(b)]);
+      }
+    }
+    CHECK(reported.size() == damaged.size());
+    // A run that goes on from here gets what this one got.
+    ring->seek(2, 1);
+    for (int64_t b = steps + 1; b < 3 * steps; ++b) {
+      REQUIRE(copy_of(ring->next()) == run[static_cast<size_t>(b)]);
+    }
+    CHECK(ring->skipped().size() == damaged.size());
+  }
+}
+
+TEST_CASE("ring: more damaged images than may be skipped are an error, at the same batch ever") {
+  constexpr int64_t n = 40;
+  constexpr int64_t batch = 5;
+  const auto order = epoch_permutation(n, 5, 1);
+  // In batches 1, 2 and 4.
+  const std::vector<int64_t> damaged = {order[5], order[13], order[22]};
+  const auto records = std::make_shared<FakeRecords>(n);
+  for (const int64_t image : damaged) records->damage(image);
+  for (const int threads : {1, 4}) {
+    CAPTURE(threads);
+    Ledger ledger;
+    RingSpec spec = spec_of(n, batch, threads);
+    spec.skips = 2;
+    const auto ring = make_ring(records, spec, ledger);
+    for (int b = 0; b < 4; ++b) CHECK_NOTHROW(ring->next());
+    for (int again = 0; again < 2; ++again) {
+      check_contains(error_of([&] { ring->next(); }),
+                     {codes::kData, "More than the 2 images", "fake.rec",
+                      "image key " + std::to_string(damaged[2] + 1)});
+    }
+    // Known ones count towards the two, met again or not, and are not reported.
+    spec.skipped = {damaged[0], damaged[2]};
+    const auto resumed = make_ring(records, spec, ledger);
+    for (int b = 0; b < 2; ++b) CHECK_NOTHROW(resumed->next());
+    CHECK(resumed->skipped().empty());
+    check_contains(error_of([&] { resumed->next(); }), {"More than the 2 images"});
+    spec.skips = 3;
+    const auto allowed = make_ring(records, spec, ledger);
+    for (int b = 0; b < 8; ++b) CHECK_NOTHROW(allowed->next());
+    REQUIRE(allowed->skipped().size() == 1);
+    CHECK(allowed->skipped()[0].image == damaged[1]);
+  }
+  // Where nothing is sound the search ends.
+  const auto ruin = std::make_shared<FakeRecords>(n);
+  for (int64_t image = 0; image < n; ++image) ruin->damage(image);
+  Ledger ledger;
+  RingSpec spec = spec_of(n, batch, 2);
+  spec.skips = n - 1;
+  const auto ring = make_ring(ruin, spec, ledger);
+  check_contains(error_of([&] { ring->next(); }), {codes::kData, "More than the 39 images"});
+}
+
 TEST_CASE(
     "ring: seek waits for decoders at work, whose rows lie in slots about to be filled anew") {
   const auto records = std::make_shared<FakeRecords>(20);
@@ -401,6 +534,8 @@ TEST_CASE("ring: wrong settings") {
       {[](RingSpec& s) { s.threads = 257; }, {codes::kInput, "1 to 256"}},
       {[](RingSpec& s) { s.slots = 3; }, {codes::kInput, "3 slots"}},
       {[](RingSpec& s) { s.slots = 1 << 20; }, {codes::kInput, "4 to 1024"}},
+      {[](RingSpec& s) { s.skips = -1; }, {codes::kInput, "skipped are -1 of 10"}},
+      {[](RingSpec& s) { s.skips = 10; }, {codes::kInput, "skipped are 10 of 10"}},
   };
   Ledger ledger;
   for (const Case& c : cases) {
