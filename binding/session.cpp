@@ -34,7 +34,8 @@ Napi::Value Session::train(const Napi::CallbackInfo& info) {
   if (!info[1].IsArray()) refuse("settings", "an Array", info[1]);
   const auto settings = info[1].As<Napi::Array>();
   const auto steps = std::make_shared<Steps>();
-  for (uint32_t i = 0; i < settings.Length(); ++i) {
+  const uint32_t count = settings.Length();  // once: a getter of the caller's may make it longer
+  for (uint32_t i = 0; i < count; ++i) {
     steps->settings.push_back(to_step_settings(settings[i], "settings[" + std::to_string(i) + "]"));
   }
   steps->stats.resize(steps->settings.size());

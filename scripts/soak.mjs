@@ -13,11 +13,11 @@ const setup = run('scripts/setup.mjs', []);
 if (setup.status !== 0) process.exit(setup.status ?? 1);
 
 const given = process.argv.slice(2);
-const namesFiles = given.some((argument) => argument.endsWith('.soak.ts'));
+const namesFiles = given.some((argument) => argument.endsWith('.spec.ts'));
 const mocha = run('node_modules/mocha/bin/mocha.js', [
   '--fail-zero', // a suite that ran nothing has not passed
   '--forbid-only',
   ...given,
-  ...(namesFiles ? [] : ['test/soak/*.soak.ts']),
+  ...(namesFiles ? [] : ['test/soak/*.spec.ts']),
 ]);
 process.exit(mocha.status ?? 1);

@@ -70,7 +70,8 @@ export class FaceModel {
   readonly #execution: NativeExecution;
   readonly #nodes: readonly NativeNode[];
   readonly #tensors: TensorMap;
-  #embedder: NativeEmbedder | null;
+  readonly #embedder: NativeEmbedder;
+  #disposed = false;
 
   private constructor(parts: {
     addon: NativeAddon;
@@ -239,9 +240,8 @@ export class FaceModel {
 
   /** Frees the network's memory; may be called twice. */
   async dispose(): Promise<void> {
-    const embedder = this.#embedder;
-    this.#embedder = null;
-    await embedder?.dispose();
+    this.#disposed = true;
+    await this.#embedder.dispose();
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -249,7 +249,7 @@ export class FaceModel {
   }
 
   #open(): NativeEmbedder {
-    if (this.#embedder === null) {
+    if (this.#disposed) {
       throw new HardmineError('ERR_DISPOSED', 'This FaceModel was disposed: load the model again.');
     }
     return this.#embedder;

@@ -190,6 +190,7 @@ export class Trainer {
   private startedMs = performance.now();
   private msPerStep: number | null = null;
   private checkpointed: { step: number; path: string } | null = null;
+  private readonly disposal = new AbortController();
   private readonly health: Health;
 
   private constructor(private readonly parts: Parts) {
@@ -346,6 +347,7 @@ export class Trainer {
     const { config, directory, session, plan } = this.parts;
     const cancel = () => session.cancel();
     signal?.addEventListener('abort', cancel);
+    const { signal: disposed } = this.disposal;
     try {
       await directory.open(config, this.step);
       await removeStale(directory.checkpoints);
@@ -366,8 +368,9 @@ export class Trainer {
         }
         yield* this.trainSome();
       }
-      yield* this.finish(signal);
-      this.state = 'done';
+      yield* this.finish(signal ? AbortSignal.any([signal, disposed]) : disposed);
+    } catch (error) {
+      throw disposed.aborted ? disposedError(error) : error;
     } finally {
       signal?.removeEventListener('abort', cancel);
       await directory.close();
@@ -378,10 +381,12 @@ export class Trainer {
   /** Stops work under way and frees everything; may be called twice. */
   async dispose(): Promise<void> {
     this.state = 'disposed';
-    const { batches, session, dataset } = this.parts;
+    this.disposal.abort();
+    const { batches, session, dataset, directory } = this.parts;
     await session.dispose();
     await batches.dispose();
     await dataset.dispose();
+    await directory.close();
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -389,9 +394,7 @@ export class Trainer {
   }
 
   private begin(): void {
-    if (this.state === 'disposed') {
-      throw new HardmineError('ERR_DISPOSED', 'this Trainer was disposed: create a new one');
-    }
+    if (this.state === 'disposed') throw disposedError();
     if (this.state !== 'idle') {
       throw new HardmineError(
         'ERR_BUSY',
@@ -625,9 +628,10 @@ export class Trainer {
   }
 
   /** LFW and YouTube Faces, once, by the best model, and the report. */
-  private async *finish(signal: AbortSignal | undefined): AsyncGenerator<TrainerEvent, void, void> {
+  private async *finish(signal: AbortSignal): AsyncGenerator<TrainerEvent, void, void> {
     const { config, directory, environment } = this.parts;
     if (this.checkpointed?.step !== this.step) yield await this.checkpoint();
+    if (this.disposal.signal.aborted) throw disposedError();
     // Written last: where it stands, the run is finished.
     if (await exists(directory.file('report.html'))) return;
     const model = directory.file('best.safetensors');
@@ -641,6 +645,12 @@ export class Trainer {
     const { validations, seconds } = this;
     await writeRunReport(directory, { config, environment, validations, seconds, evaluations });
   }
+}
+
+function disposedError(cause?: unknown): HardmineError {
+  return new HardmineError('ERR_DISPOSED', 'this Trainer was disposed: create a new one', {
+    cause,
+  });
 }
 
 function progressOf(stats: readonly NativeStepStats[]): Progress {

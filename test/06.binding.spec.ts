@@ -15,7 +15,6 @@ import { readFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath, pathToFileURL } from 'node:url';
-import fc from 'fast-check';
 import { devices } from '../src/devices.js';
 import { HardmineError } from '../src/errors.js';
 import {
@@ -23,97 +22,36 @@ import {
   loadAddon,
   type NativeAddon,
   type NativeBatches,
-  type NativeExecution,
   type NativeHead,
   type NativeLoss,
   type NativeRecords,
   type NativeSession,
 } from '../src/native.js';
+import {
+  ADDON,
+  BATCH,
+  CLASSES,
+  DIM,
+  EXECUTION,
+  fails,
+  HEAD,
+  handleKinds,
+  IMAGE_BYTES,
+  LOSS,
+  type Loose,
+  loose,
+  NETWORK,
+  openBatches,
+  outcome,
+  ramp,
+  rows,
+  SESSION,
+  STEP,
+} from './helpers/native-handles.js';
 import { packColours } from './helpers/packed-colours.js';
 import { skip } from './helpers/skip.js';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
-const ADDON = join(ROOT, 'build/Release/hardmine_cpu.node');
-
-const EXECUTION: NativeExecution = {
-  device: 0,
-  precision: 'fp32',
-  threads: 1,
-  deterministic: false,
-};
-const LOSS: NativeLoss = {
-  base: 'margin',
-  m1: 1,
-  m2: 0.5,
-  m3: 0,
-  scale: 64,
-  normScale: false,
-  lambda: 0,
-  mirror: true,
-  detached: false,
-  weighting: {
-    kind: 'none',
-    alpha: 1.5,
-    beta: 1.1,
-    A: 35,
-    B: 0.75,
-    gamma: 0,
-    form: 'equation',
-    reduction: 'sample',
-  },
-  euclidean: { margin: 0, pull: 0 },
-  center: { weight: 0, rate: 0 },
-};
-const NETWORK = { architecture: 'resnet18', embedding: 32, embeddingBatchNorm: true };
-const CLASSES = 5;
-const DIM = 8;
-const HEAD = { classes: CLASSES, dim: DIM, loss: LOSS, implementation: 'fused' } as const;
-const BATCH = 2;
-const SESSION = {
-  network: NETWORK,
-  classes: CLASSES,
-  loss: LOSS,
-  implementation: 'fused',
-  batch: BATCH,
-  seed: 1,
-} as const;
-const STEP = {
-  lr: 0.01,
-  momentum: 0.9,
-  weightDecay: 0,
-  decayAll: false,
-  marginFactor: 1,
-  lambda: 0,
-};
-const IMAGE_BYTES = 112 * 112 * 3;
-
-const ramp = (length: number): Float32Array =>
-  Float32Array.from({ length }, (_, i) => Math.sin(i + 1));
-const rows = (count: number): [Float32Array, Int32Array] => [
-  ramp(count * DIM),
-  Int32Array.from({ length: count }, (_, i) => i % CLASSES),
-];
-
-/** The raw binding, for calls that its types forbid. */
-type Loose = Record<string, (...args: unknown[]) => unknown>;
-const loose = (handle: object): Loose => handle as Loose;
-
-/** What a call does, whether it throws or rejects. */
-async function outcome(call: () => unknown): Promise<unknown> {
-  try {
-    return await call();
-  } catch (error) {
-    assert.ok(error instanceof HardmineError, `not a HardmineError: ${String(error)}`);
-    return error;
-  }
-}
-
-async function fails(call: () => unknown, code: string, message: RegExp): Promise<void> {
-  const error = await outcome(call);
-  assert.ok(error instanceof HardmineError, 'nothing was thrown');
-  assert.equal(error.code, code, error.message);
-  assert.match(error.message, message);
-}
 
 describe('the native addon', () => {
   let addon: NativeAddon;
@@ -127,19 +65,6 @@ describe('the native addon', () => {
     ({ rec, idx } = await packColours(folder, CLASSES, 4));
   });
   after(() => rmSync(folder, { recursive: true, force: true }));
-
-  const openBatches = (records: NativeRecords): Promise<NativeBatches> =>
-    records.batches({
-      images: Int32Array.from(records.labels.keys()),
-      labels: records.labels,
-      batch: BATCH,
-      seed: 1,
-      mirror: true,
-      crop: 2,
-      decodeThreads: 1,
-      execution: null,
-      skip: null,
-    });
 
   describe('its loader', () => {
     it('loads once and knows its backend', () => {
@@ -453,113 +378,14 @@ describe('the native addon', () => {
       };
       await assert.rejects(addon.createHead(spec, EXECUTION), planted);
     });
-
-    it('survives any value in any place', async () => {
-      const handles = [loose(addon), loose(head)];
-      const calls = handles.flatMap((handle) =>
-        [...Object.getOwnPropertyNames(handle)].flatMap((name) =>
-          typeof handle[name] === 'function' ? [{ handle, name }] : [],
-        ),
-      );
-      const targets = calls.filter(({ name }) => !['dispose', 'setErrorClass'].includes(name));
-      assert.ok(targets.length >= 12);
-      await fc.assert(
-        fc.asyncProperty(
-          fc.constantFrom(...targets),
-          fc.array(fc.anything({ withTypedArray: true, withBigInt: true }), { maxLength: 4 }),
-          async ({ handle, name }, args) => {
-            await outcome(() => handle[name]?.(...args)); // nothing but HardmineError
-          },
-        ),
-        { numRuns: 3000 },
-      );
-    });
   });
 
   describe('handles', () => {
-    // Every kind of handle, with arguments that each of its methods takes.
-    interface Kind {
-      make: () => Promise<{ handle: object; also: { dispose(): Promise<void> }[] }>;
-      calls: Record<string, (also: object[]) => unknown[]>;
-    }
     const [x, y] = rows(2);
-    const image = new Uint8Array(IMAGE_BYTES);
-    const tensor = 'conv1.weight';
-    const alone = async (handle: Promise<object>) => ({ handle: await handle, also: [] });
-    const kinds: Record<string, Kind> = {
-      head: {
-        make: async () => {
-          const head = await addon.createHead(HEAD, EXECUTION);
-          await head.setWeights(ramp(CLASSES * DIM), null);
-          return { handle: head, also: [] };
-        },
-        calls: {
-          setWeights: () => [ramp(CLASSES * DIM), null],
-          readWeights: () => [],
-          setCenters: () => [new Float32Array()],
-          readCenters: () => [],
-          forwardBackward: () => [x, y],
-          step: () => [x, y, STEP],
-          peakExtraBytes: () => [],
-          time: () => ['forwardBackward', 2, 2],
-        },
-      },
-      session: {
-        make: async () => {
-          const records = await addon.openRecords(rec, idx);
-          const batches = await openBatches(records);
-          const handle = await addon.createSession(SESSION, EXECUTION);
-          return { handle, also: [batches, records] };
-        },
-        calls: {
-          train: ([batches]) => [batches, [STEP]],
-          cancel: () => [],
-          stepsDone: () => [],
-          embed: () => [image, false],
-          read: () => [tensor],
-          write: () => [tensor, new Float32Array(64 * 3 * 7 * 7)],
-        },
-      },
-      embedder: {
-        make: () => alone(addon.createEmbedder(NETWORK, EXECUTION)),
-        calls: {
-          embed: () => [image, true],
-          read: () => [tensor],
-          write: () => [tensor, new Float32Array(64 * 3 * 7 * 7)],
-        },
-      },
-      records: {
-        make: () => alone(addon.openRecords(rec, idx)),
-        calls: {
-          jpeg: () => [0],
-          decode: () => [new Uint32Array([1, 0])],
-          verify: () => [],
-          batches: () => [
-            {
-              images: new Int32Array([0, 1]),
-              labels: new Int32Array(2),
-              batch: 1,
-              seed: 1,
-              mirror: false,
-              crop: 0,
-              decodeThreads: 1,
-              execution: EXECUTION,
-              skip: { most: 1, known: new Int32Array([1]) },
-            },
-          ],
-        },
-      },
-      batches: {
-        make: async () => {
-          const records = await addon.openRecords(rec, idx);
-          return { handle: await openBatches(records), also: [records] };
-        },
-        calls: { seek: () => [2, 1], waitedMs: () => [], skipped: () => [], drain: () => [3] },
-      },
-    };
-
-    for (const [kind, { make, calls }] of Object.entries(kinds)) {
+    for (const kind of ['head', 'session', 'embedder', 'records', 'batches']) {
       it(`${kind}: every method works, knows its own kind, and ends with dispose()`, async () => {
+        const kinds = handleKinds(addon, { rec, idx });
+        const { make, calls } = kinds[kind] ?? assert.fail(`of ${Object.keys(kinds)}`);
         const { handle, also } = await make();
         const names = Object.getOwnPropertyNames(handle).filter(
           (name) => typeof loose(handle)[name] === 'function',
