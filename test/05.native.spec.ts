@@ -45,11 +45,22 @@ describe('native unit tests', () => {
       skip(this, 'the native tests are not built: `npm test` builds them');
     });
   }
+  // All at once: each leaves a core idle part of the time.
+  const ends = new Map<string, ReturnType<typeof execute>>();
+  before(() => {
+    for (const { name, command } of tests) {
+      if (!existsSync(command[0] ?? '')) continue;
+      const end = execute([...command, '--no-colors=true']);
+      end.catch(() => undefined); // awaited by its test
+      ends.set(name, end);
+    }
+  });
   for (const { name, command } of tests) {
     it(name, async function () {
       this.timeout(300_000); // the longest compares whole networks with double references
-      assert.ok(existsSync(command[0] ?? ''), `${command[0]} was not built`);
-      const { code, output } = await execute([...command, '--no-colors=true']);
+      const end = ends.get(name);
+      assert.ok(end !== undefined, `${command[0]} was not built`);
+      const { code, output } = await end;
       assert.equal(code, 0, `\n${output}`);
       const counts = /test cases:\s*(\d+) \|.*\n.*assertions:\s*(\d+) \|/.exec(output);
       assert.ok(counts !== null && Number(counts[1]) > 0, `no test case ran:\n${output}`);
