@@ -6,7 +6,7 @@
 import { type FileHandle, open } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
-import { HardmineError } from '../errors.js';
+import { ioError } from '../data/files.js';
 import { buildSchema, type Messages } from './protobuf.js';
 import { crc32c } from './recordio.js';
 
@@ -68,6 +68,8 @@ export function encodeRecord(payload: Uint8Array): Buffer {
   return record;
 }
 
+const REMEDY = 'free space or permissions on its folder';
+
 export interface Histogram {
   min: number;
   max: number;
@@ -94,7 +96,7 @@ export class EventWriter {
     const seconds = String(Math.floor(Date.now() / 1000)).padStart(10, '0');
     const path = join(folder, `events.out.tfevents.${seconds}.${hostname()}.${process.pid}`);
     const file = await open(path, 'a').catch((cause: unknown) => {
-      throw ioError(path, cause);
+      throw ioError(path, 'written', cause, REMEDY);
     });
     const writer = new EventWriter(path, file);
     await writer.write(0, { fileVersion: 'brain.Event:2' });
@@ -138,16 +140,7 @@ export class EventWriter {
     try {
       await this.file.appendFile(encodeRecord(payload));
     } catch (cause) {
-      throw ioError(this.path, cause);
+      throw ioError(this.path, 'written', cause, REMEDY);
     }
   }
-}
-
-function ioError(path: string, cause: unknown): HardmineError {
-  const reason = cause instanceof Error ? cause.message : String(cause);
-  return new HardmineError(
-    'ERR_IO',
-    `${path} could not be written (${reason}): free space or permissions on its folder`,
-    { cause },
-  );
 }

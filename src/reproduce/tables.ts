@@ -1,4 +1,5 @@
 /** The result of an experiment as Markdown: for each evaluation set the paper's table, ours beside it. */
+import { percent } from '../report/curves.js';
 import type { EvaluationSet } from './experiment.js';
 import type { Comparison, ExperimentResult, Figure } from './results.js';
 
@@ -11,8 +12,6 @@ export const SET_TITLES: Readonly<Record<EvaluationSet, string>> = {
   'cfp-fp': 'CFP, frontal-profile',
 };
 
-const percent = (fraction: number): string => `${(100 * fraction).toFixed(2)}%`;
-
 /** With its sign, in percentage points. */
 const points = (difference: number): string =>
   `${difference < 0 ? '-' : '+'}${Math.abs(100 * difference).toFixed(2)}`;
@@ -20,7 +19,7 @@ const points = (difference: number): string =>
 /** Mean over the seeds with their spread, and the single values. */
 export function figureText({ mean, std, perSeed }: Figure): string {
   if (std === null) return `${percent(mean)} (one seed)`;
-  return `${percent(mean)} ± ${(100 * std).toFixed(2)} (${perSeed.map(percent).join(', ')})`;
+  return `${percent(mean)} ± ${(100 * std).toFixed(2)} (${perSeed.map((accuracy) => percent(accuracy)).join(', ')})`;
 }
 
 export function comparisonTexts({ against, differences, test, verdict }: Comparison): string[] {

@@ -7,7 +7,7 @@ import { createReadStream } from 'node:fs';
 import { mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { z } from 'zod';
-import { readFileBounded } from '../data/files.js';
+import { exists, readFileBounded } from '../data/files.js';
 import { HardmineError, oneLine } from '../errors.js';
 import { isRunning, syncFolder } from '../formats/atomic.js';
 import {
@@ -126,13 +126,6 @@ async function discard(path: string): Promise<void> {
   const doomed = `${path}.tmp-${process.pid}-old`;
   await rename(path, doomed);
   await rm(doomed, { recursive: true, force: true });
-}
-
-async function exists(path: string): Promise<boolean> {
-  return stat(path).then(
-    () => true,
-    () => false,
-  );
 }
 
 /** Names of finished checkpoints, newest first. */
