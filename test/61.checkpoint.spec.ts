@@ -14,7 +14,6 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { Tensor } from '../src/formats/safetensors.js';
 import {
-  type CheckpointState,
   type CheckpointTensors,
   checkpointName,
   fileOfTensor,
@@ -23,6 +22,7 @@ import {
   removeStale,
   writeCheckpoint,
 } from '../src/train/checkpoint.js';
+import { stateOf } from './helpers/checkpoint-state.js';
 
 const FILES = ['model.safetensors', 'head.safetensors', 'optimizer.safetensors', 'state.json'];
 
@@ -35,21 +35,6 @@ function tensorsOf(step: number): CheckpointTensors {
     model: new Map([['conv1.weight', tensor(step, 1, 2)]]),
     head: new Map([['head.weight', tensor(step, 3)]]),
     optimizer: new Map([['momentum/conv1.weight', tensor(0, step, 0)]]),
-  };
-}
-
-function stateOf(step: number): Omit<CheckpointState, 'format'> {
-  return {
-    step,
-    epoch: 1,
-    stepInEpoch: step,
-    seconds: 1.5,
-    epochProgress: null,
-    validations: [{ epoch: 1, step: 1, accuracy: 0.75 }],
-    config: { lr: 0.01 },
-    configHash: 'abc',
-    data: { images: 3, identities: 2, sha256: 'def' },
-    environment: { device: 'CPU' },
   };
 }
 

@@ -5,7 +5,6 @@ import { join } from 'node:path';
 import { HardmineError } from '../src/errors.js';
 import { removeAbandonedFiles, writeFileAtomic } from '../src/formats/atomic.js';
 import {
-  type CheckpointState,
   type CheckpointTensors,
   checkpointName,
   findCheckpoint,
@@ -13,6 +12,7 @@ import {
   removeStale,
   writeCheckpoint,
 } from '../src/train/checkpoint.js';
+import { stateOf } from './helpers/checkpoint-state.js';
 import { damageEverywhere } from './helpers/damage.js';
 import { type FaultPlan, withFaults } from './helpers/file-faults.js';
 
@@ -27,21 +27,6 @@ function tensorsOf(step: number): CheckpointTensors {
     model: new Map([['conv1.weight', tensor(0)]]),
     head: new Map([['head.weight', tensor(1)]]),
     optimizer: new Map([['momentum/conv1.weight', tensor(2)]]),
-  };
-}
-
-function stateOf(step: number): Omit<CheckpointState, 'format'> {
-  return {
-    step,
-    epoch: 1,
-    stepInEpoch: step,
-    seconds: 1.5,
-    epochProgress: null,
-    validations: [{ epoch: 1, step: 1, accuracy: 0.75 }],
-    config: { lr: 0.01 },
-    configHash: 'abc',
-    data: { images: 3, identities: 2, sha256: 'def' },
-    environment: { device: 'CPU' },
   };
 }
 
