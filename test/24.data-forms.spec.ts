@@ -549,9 +549,16 @@ describe('forms of data sets', function () {
           await write(`cfp/Data/Images/${path}`, jpegs[0]!);
         }
       }
-      for (const fold of ['FF/01', 'FF/02', 'FP/01']) {
-        await write(`cfp/Protocol/Split/${fold}/same.txt`, '1,2\n3,4\n');
-        await write(`cfp/Protocol/Split/${fold}/diff.txt`, '1,3\n');
+      const pairs: [string, string, string][] = [
+        ['FF', '1,2\n3,4\n', '1,3\n'],
+        ['FP', '1,1\n', '1,2\n'],
+      ];
+      for (const [kind, same, different] of pairs) {
+        for (let fold = 1; fold <= 10; fold++) {
+          const split = `cfp/Protocol/Split/${kind}/${String(fold).padStart(2, '0')}`;
+          await write(`${split}/same.txt`, same);
+          await write(`${split}/diff.txt`, different);
+        }
       }
       return join(folder, 'cfp');
     }
@@ -603,9 +610,12 @@ describe('forms of data sets', function () {
         [cfp.identities, cfp.frontal, cfp.profile, cfp.missing, cfp.images],
         [2, 4, 2, 1, 5],
       );
-      assert.deepEqual(cfp.pairs, { frontalFrontal: 6, frontalProfile: 3 });
+      assert.deepEqual(cfp.pairs, { frontalFrontal: 30, frontalProfile: 20 });
       await write('cfp/Protocol/Pair_list_P.txt', '1 ../../secret/profile/1.jpg\n');
-      await refused(() => inspectDataset(join(folder, 'cfp')), 'Pair_list_P.txt, line 1');
+      await assert.rejects(inspectDataset(join(folder, 'cfp')), {
+        code: 'ERR_PROTOCOL',
+        message: /Pair_list_P\.txt, line 1: .*secret/,
+      });
     });
 
     it('is inspected for damage', async () => {

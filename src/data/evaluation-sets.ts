@@ -1,8 +1,8 @@
 /** Sets that are evaluated on and not trained on, as inspection sees them: their images and their words. */
 
 import { realpath, stat } from 'node:fs/promises';
-import { dirname, join, relative, resolve } from 'node:path';
-import { quote } from '../errors.js';
+import { dirname, join, relative } from 'node:path';
+import { locateCfpImages, personOf, readCfpLists } from '../evaluate/cfp.js';
 import { readVerificationBin } from '../formats/verification-bin.js';
 import {
   countIdentities,
@@ -12,10 +12,8 @@ import {
   type ImageFile,
   type ImageSet,
 } from './image-source.js';
-import { mapBounded } from './images.js';
 import { IMAGE_NAME, listFolder } from './list-folder.js';
 import type { EvaluationSet } from './recognise.js';
-import { readRows } from './rows.js';
 
 /** What such a set holds, in its own words. */
 export type EvaluationFacts =
@@ -31,7 +29,7 @@ export type EvaluationFacts =
       pairs: { frontalFrontal: number; frontalProfile: number };
     } & Identities);
 
-/** @throws ERR_DATA, ERR_FORMAT, ERR_IO for what is not such a set, naming the file */
+/** @throws ERR_DATA, ERR_FORMAT, ERR_IO, ERR_PROTOCOL for what is not such a set, naming the file */
 export async function openEvaluationSet(
   found: EvaluationSet,
 ): Promise<{ set: ImageSet; facts: EvaluationFacts }> {
@@ -109,78 +107,36 @@ async function openFrames(
   };
 }
 
-/** A line of CFP's lists is an index and a path, or two indices. */
-const MAX_CFP_ROW = 1024;
-
-/** CFP: two lists of images, frontal and profile, and ten folds of pairs of their indices. */
 async function openCfp(
   path: string,
   protocol: string,
 ): Promise<{ set: ImageSet; facts: EvaluationFacts }> {
-  // The lists say ../Data/Images/001/frontal/01.jpg, from the protocol's folder.
+  const { images, pairs } = await readCfpLists(protocol);
   const root = dirname(protocol);
-  const frontal = await readCfpList(join(protocol, 'Pair_list_F.txt'), root);
-  const profile = await readCfpList(join(protocol, 'Pair_list_P.txt'), root);
-  const listed = [...frontal, ...profile];
-  // .../Images/PERSON/frontal/NN.jpg
-  const person = (name: string): string => name.split('/').at(-3)!;
-  const people = [...new Set(listed.map(person))].sort();
+  const { paths } = await locateCfpImages(root, images);
+  const people = [...new Set(images.map(personOf))].sort();
   const numbers = new Map(people.map((name, number) => [name, number]));
   const files: ImageFile[] = [];
-  await mapBounded(listed, async (name) => {
-    const stats = await stat(join(root, name)).catch(() => undefined);
-    if (stats?.isFile())
-      files.push({ name, identity: numbers.get(person(name))!, bytes: stats.size });
-  });
+  for (const [i, file] of paths.entries()) {
+    if (file === null) continue;
+    files.push({
+      name: relative(root, file),
+      identity: numbers.get(personOf(images[i]!))!,
+      bytes: (await stat(file)).size,
+    });
+  }
   files.sort((a, b) => (a.name < b.name ? -1 : 1));
   const set = { ...fileSet(root, files, people), title: path };
+  const frontal = images.filter((image) => image.includes('/frontal/')).length;
   return {
     set,
     facts: {
       kind: 'cfp',
       ...countIdentities(set),
-      frontal: frontal.length,
-      profile: profile.length,
-      missing: listed.length - files.length,
-      pairs: {
-        frontalFrontal: await countCfpPairs(join(protocol, 'Split', 'FF')),
-        frontalProfile: await countCfpPairs(join(protocol, 'Split', 'FP')),
-      },
+      frontal,
+      profile: images.length - frontal,
+      missing: images.length - files.length,
+      pairs: { frontalFrontal: pairs.FF.length, frontalProfile: pairs.FP.length },
     },
   };
-}
-
-/** Paths of a list below `root`. */
-async function readCfpList(list: string, root: string): Promise<string[]> {
-  const names: string[] = [];
-  for await (const { line, bytes } of readRows(list, MAX_CFP_ROW)) {
-    const [index, path = ''] = bytes.toString().trim().split(/\s+/, 2);
-    const name = relative(root, resolve(dirname(list), path));
-    const wanted = /^[^./\0][^\0]*\/(frontal|profile)\/[^/\0]+$/.test(name);
-    if (index !== String(names.length + 1) || !wanted) {
-      throw dataError(
-        `${list}, line ${line}: found ${quote(bytes.toString())} where "${names.length + 1} ../Data/Images/PERSON/frontal/NN.jpg" or the like was expected: use CFP's own lists.`,
-      );
-    }
-    names.push(name);
-  }
-  return names;
-}
-
-async function countCfpPairs(split: string): Promise<number> {
-  const root = await realpath(split);
-  let pairs = 0;
-  for (const fold of await listFolder(root, root)) {
-    for (const kind of ['same.txt', 'diff.txt']) {
-      for await (const { line, bytes } of readRows(join(root, fold.name, kind), MAX_CFP_ROW)) {
-        if (!/^\s*\d+\s*,\s*\d+\s*$/.test(bytes.toString())) {
-          throw dataError(
-            `${join(split, fold.name, kind)}, line ${line}: found ${quote(bytes.toString())} where two indices were expected ("4,7"): use CFP's own lists.`,
-          );
-        }
-        pairs += 1;
-      }
-    }
-  }
-  return pairs;
 }

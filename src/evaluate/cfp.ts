@@ -112,7 +112,8 @@ function refusal(path: string, line: number, what: string): HardmineError {
   );
 }
 
-function personOf(image: string): string {
+/** The person of an image of the lists, "001". */
+export function personOf(image: string): string {
   return image.slice(0, image.indexOf('/'));
 }
 
@@ -196,16 +197,20 @@ function usedRows(pairs: readonly VerificationPair[], images: readonly string[])
   };
 }
 
-async function findImages(root: string, images: readonly string[]): Promise<string[]> {
+/** Where the listed images stand below `root`: Data/Images, Images or `root` itself; null for one that is not there. */
+export async function locateCfpImages(
+  root: string,
+  images: readonly string[],
+): Promise<{ folder: string; paths: (string | null)[] }> {
   const candidates = [join(root, 'Data', 'Images'), join(root, 'Images'), root];
   const standing = await Promise.all(candidates.map(exists));
   const folder = candidates.find((_, i) => standing[i]) ?? root;
-  const missing: string[] = [];
-  const paths = await mapBounded(images, async (stem) => {
-    const path = await findImage(folder, stem);
-    if (path === null) missing.push(`${stem}.jpg`);
-    return path ?? '';
-  });
+  return { folder, paths: await mapBounded(images, (stem) => findImage(folder, stem)) };
+}
+
+async function findImages(root: string, images: readonly string[]): Promise<string[]> {
+  const { folder, paths } = await locateCfpImages(root, images);
+  const missing = images.filter((_, i) => paths[i] === null).map((stem) => `${stem}.jpg`);
   refuseMissing(missing, images.length, 'images', folder);
-  return paths;
+  return paths.filter((path) => path !== null);
 }
