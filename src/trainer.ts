@@ -11,7 +11,7 @@ import {
   resolveConfig,
 } from './config.js';
 import { type DataProgress, type Dataset, openDataset } from './data/dataset.js';
-import { exists } from './data/files.js';
+import { exists, throwIfAborted } from './data/files.js';
 import { decodeImages } from './data/images.js';
 import { splitIdentities, validationPairs } from './data/split.js';
 import { HardmineError } from './errors.js';
@@ -40,6 +40,12 @@ import {
   removeStale,
   writeCheckpoint,
 } from './train/checkpoint.js';
+import {
+  type DiskEstimate,
+  estimateDisk,
+  formatBytes,
+  type TrainingEstimate,
+} from './train/estimate.js';
 import {
   checkEvaluation,
   evaluateBest,
@@ -144,6 +150,9 @@ export interface TrainingPlan {
   threads: number;
 }
 
+/** An estimate tries the first step, which is slower, and then goes on for this long. */
+const ESTIMATE_MS = 3000;
+
 /** Pairs that choose `best`, and how to embed their images. */
 interface Validation {
   pairs: readonly VerificationPair[];
@@ -164,6 +173,9 @@ interface Parts {
   start: FoundCheckpoint | null;
   /** Null: a damaged image ends the run. */
   skipped: SkippedImages | null;
+  disk: DiskEstimate;
+  /** Bytes taken on the GPU; null on the CPU. */
+  deviceMemory: (() => number) | null;
   /** What is said before the first step. */
   news: (WarningEvent | SkippedEvent)[];
 }
@@ -306,6 +318,8 @@ export class Trainer {
         await batches.seek(state.epoch, state.stepInEpoch);
         news.push(...environmentWarnings(state.environment, environment));
       }
+      const disk = await estimateDisk(config.out, session.tensors, config.keep);
+      news.push(...diskWarnings(config, disk, found?.checkpoint != null));
       return new Trainer({
         config,
         loss,
@@ -329,6 +343,11 @@ export class Trainer {
         directory,
         start: found?.checkpoint ?? null,
         skipped,
+        disk,
+        deviceMemory:
+          addon.backend === 'cuda'
+            ? () => device.freeBytes - addon.devices()[execution.device]!.freeBytes
+            : null,
         news,
       });
     } catch (error) {
@@ -378,6 +397,43 @@ export class Trainer {
     }
   }
 
+  /**
+   * What the steps that are left will take, found by training for some seconds. Nothing is written, and
+   * this Trainer can only be disposed of then.
+   *
+   * @throws HardmineError ERR_ABORTED after `signal`; what run() throws
+   */
+  async estimate({ signal }: { signal?: AbortSignal } = {}): Promise<TrainingEstimate> {
+    this.begin();
+    const { config, session, batches, plan, disk, deviceMemory, news } = this.parts;
+    const { stepsPerEpoch, totalSteps } = plan;
+    let steps = 0;
+    let ms = 0;
+    let msPerStep: number | null = null;
+    for (let first = true; first || (ms < ESTIMATE_MS && steps < totalSteps); first = false) {
+      throwIfAborted(signal, 'the estimate');
+      const count: number = stepsPerCall(msPerStep, stepsPerEpoch);
+      const settings = Array.from({ length: count }, (_, i) =>
+        stepSettings(config, steps + i, stepsPerEpoch),
+      );
+      const startMs = performance.now();
+      await session.train(batches, settings);
+      const callMs = performance.now() - startMs;
+      msPerStep = callMs / count;
+      if (first) continue;
+      ms += callMs;
+      steps += count;
+    }
+    return {
+      ...disk,
+      imagesPerSecond: (1000 * config.batch * steps) / ms,
+      seconds: ((totalSteps - this.step) * ms) / steps / 1000,
+      memoryBytes: 1024 * process.resourceUsage().maxRSS,
+      deviceMemoryBytes: deviceMemory?.() ?? null,
+      warnings: news.flatMap((event) => (event.type === 'warning' ? [event.message] : [])),
+    };
+  }
+
   /** Stops work under way and frees everything; may be called twice. */
   async dispose(): Promise<void> {
     this.state = 'disposed';
@@ -398,7 +454,7 @@ export class Trainer {
     if (this.state !== 'idle') {
       throw new HardmineError(
         'ERR_BUSY',
-        'run() of this Trainer was called already: create a new one, with resume to go on with the run',
+        'run() or estimate() of this Trainer was called already: create a new one, with resume to go on with the run',
       );
     }
     this.state = 'running';
@@ -849,6 +905,20 @@ function environmentWarnings(
       type: 'warning',
       kind: 'environment',
       message: `the run goes on under other conditions, ${list.join(', ')}, so its weights will not be bit-identical to an uninterrupted run's`,
+    },
+  ];
+}
+
+/** Before hours of work rather than at the first checkpoint. */
+function diskWarnings(config: Config, disk: DiskEstimate, resumed: boolean): WarningEvent[] {
+  // What a resumed run keeps is there already, but for the checkpoint being written.
+  const needed = resumed ? disk.checkpointBytes : disk.diskBytes;
+  if (disk.freeDiskBytes >= needed) return [];
+  return [
+    {
+      type: 'warning',
+      kind: 'disk',
+      message: `${config.out} needs up to ${formatBytes(needed)} for its checkpoints and models and ${formatBytes(disk.freeDiskBytes)} are free there: free some, keep fewer checkpoints (keep is ${config.keep}), or give another run directory as --out`,
     },
   ];
 }

@@ -504,6 +504,7 @@ describe('states and methods', function () {
   it('Trainer: fresh, running, suspended, stopped, failed, done, disposing, disposed', async () => {
     const calls: Calls<Trainer> = {
       run: (trainer) => trainer.run().next(),
+      estimate: (trainer) => trainer.estimate(),
       dispose: (trainer) => trainer.dispose(),
       [Symbol.asyncDispose]: (trainer) => trainer[Symbol.asyncDispose](),
     };
@@ -526,7 +527,7 @@ describe('states and methods', function () {
     await walk(
       calls,
       {
-        fresh: async (before) => ({ handle: before ?? (await create()) }),
+        fresh: async () => ({ handle: await create() }), // it can be used once
         running: async () => {
           const handle = await create();
           return { handle, leave: drain(handle) };
@@ -563,13 +564,13 @@ describe('states and methods', function () {
         },
       },
       {
-        running: { run: 'ERR_BUSY' },
-        suspended: { run: 'ERR_BUSY' },
-        stopped: { run: 'ERR_BUSY' },
-        failed: { run: 'ERR_BUSY' },
-        done: { run: 'ERR_BUSY' },
-        disposing: { run: 'ERR_DISPOSED' },
-        disposed: { run: 'ERR_DISPOSED' },
+        running: { run: 'ERR_BUSY', estimate: 'ERR_BUSY' },
+        suspended: { run: 'ERR_BUSY', estimate: 'ERR_BUSY' },
+        stopped: { run: 'ERR_BUSY', estimate: 'ERR_BUSY' },
+        failed: { run: 'ERR_BUSY', estimate: 'ERR_BUSY' },
+        done: { run: 'ERR_BUSY', estimate: 'ERR_BUSY' },
+        disposing: { run: 'ERR_DISPOSED', estimate: 'ERR_DISPOSED' },
+        disposed: { run: 'ERR_DISPOSED', estimate: 'ERR_DISPOSED' },
       },
     );
     for (const name of Reflect.ownKeys(calls)) {

@@ -138,6 +138,36 @@ describe('command line', function () {
     assert.match(auto.why, /\.$/);
   });
 
+  it('says what a run would be and what it would take, without starting it', async () => {
+    const config = at('commented.json');
+    await writeFile(config, '{\n  // tried first\n  "batch": 8, "lr": 0.5, "loss": "softmax",\n}');
+    const argv = ['train', config, '--data', at('people'), '--out', at('dry'), '--embedding', '16'];
+    const printed = await hardmine(...argv, '--lr', '0.25', '--print-config');
+    assert.deepEqual([printed.code, printed.stderr], [0, '']);
+    const shown = JSON.parse(printed.stdout) as Record<string, unknown>;
+    assert.deepEqual(
+      [shown['batch'], shown['lr'], shown['loss'], shown['momentum'], shown['out']],
+      [8, 0.25, 'softmax', 0.9, at('dry')],
+    );
+    const most = 2 ** 53 - 1; // checkpoints that no disk holds
+    const would = await json(...argv, '--epochs', '50', '--keep', String(most), '--dry-run');
+    assert.equal(would['totalSteps'], 50 * (would['stepsPerEpoch'] as number));
+    const steps = (would['totalSteps'] as number) * 8;
+    const seconds = steps / (would['imagesPerSecond'] as number);
+    assert.ok(Math.abs((would['seconds'] as number) / seconds - 1) < 1e-9);
+    // ResNet18 has 11.2 million weights outside the embedding, and each has a momentum.
+    const weights = (would['checkpointBytes'] as number) / 8;
+    assert.ok(weights > 11.1e6 && weights < 11.6e6, String(weights));
+    assert.ok((would['memoryBytes'] as number) > (would['checkpointBytes'] as number));
+    assert.match((would['warnings'] as string[]).join(), /dry needs up to .* TB .* are free there/);
+    const people = await hardmine(...argv, '--dry-run');
+    assert.equal(people.code, 0, people.stderr);
+    for (const row of ['data', 'device', 'time', 'memory', 'disk']) {
+      assert.match(people.stdout, new RegExp(`^${row} +\\S`, 'm'));
+    }
+    await absent(at('dry'));
+  });
+
   describe('given a model', () => {
     let model: string;
     let images: string[];
@@ -404,7 +434,7 @@ describe('command line', function () {
       await writeFile(config, '{"lr": ');
       assert.match(
         await refused(2, ['train', config, ...train(at('people')).slice(1)]),
-        /not JSON/,
+        /line 1, column 8: this is no JSON/,
       );
       assert.match(
         await refused(2, ['train', at('none.json'), ...train(at('people')).slice(1)]),

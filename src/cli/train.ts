@@ -1,26 +1,36 @@
 import { join } from 'node:path';
 import type { Command } from 'commander';
-import { MAX_CONFIG_BYTES, resolveConfig } from '../config.js';
-import { readFileBounded } from '../data/files.js';
-import { HardmineError, oneLine } from '../errors.js';
+import { resolveConfig } from '../config.js';
+import { readConfigFile } from '../config-file.js';
+import { formatBytes } from '../train/estimate.js';
 import { evaluationFigures } from '../train/evaluation.js';
 import { Trainer } from '../trainer.js';
 import { type CommonOptions, makeCommand, output, percent } from './command.js';
 import { addConfigOptions, overlay } from './config-options.js';
 import { stopOnInterrupt } from './interrupt.js';
 import { isSupervised, reportFailure, supervise, whenAbandoned } from './supervisor.js';
-import { TrainingLog } from './training-log.js';
+import { duration, TrainingLog } from './training-log.js';
+
+interface TrainOptions extends CommonOptions {
+  printConfig?: true;
+  dryRun?: true;
+}
 
 export function trainCommand(): Command {
   const command = makeCommand(
     'train',
     'Train a network. Every key of the configuration file is an option too; options win.',
     'hardmine train --data faces/ --out runs/first --scale 32 --margin-warm-up 3 --lr 0.05',
-  ).argument('[config]', 'configuration file (JSON)');
+  )
+    .argument('[config]', 'configuration file (JSON, with comments if you like)')
+    .option('--print-config', 'print the configuration with every default filled in, and end')
+    .option('--dry-run', 'check everything, say what the run would take, and end without training');
   const configFrom = addConfigOptions(command);
-  command.action(async (file: string | undefined, options: CommonOptions) => {
+  command.action(async (file: string | undefined, options: TrainOptions) => {
     const given = configFrom(command.opts());
     const config = overlay(await baseConfig(file, given), given);
+    if (options.printConfig) return output.json(resolveConfig(config));
+    if (options.dryRun) return dryRun(config, options);
     if (isSupervised()) return supervisedTrain(config, options);
     const { out, restarts } = resolveConfig(config);
     if (restarts === 0) return train(config, options);
@@ -37,41 +47,45 @@ async function baseConfig(
   given: Record<string, unknown>,
 ): Promise<Record<string, unknown>> {
   const { out, resume } = given;
-  if (file !== undefined) return readConfig(file);
+  if (file !== undefined) return readConfigFile(file);
   if (resume === true && typeof out === 'string') {
-    return { ...(await readConfig(join(out, 'config.json'))), out };
+    return { ...(await readConfigFile(join(out, 'config.json'))), out };
   }
   return {};
 }
 
-async function readConfig(path: string): Promise<Record<string, unknown>> {
-  let text: string;
+async function dryRun(config: Record<string, unknown>, options: CommonOptions): Promise<void> {
+  using interrupt = stopOnInterrupt('the dry run ends');
+  const { signal } = interrupt;
+  const log = new TrainingLog();
+  const trainer = await Trainer.create(config as Parameters<typeof Trainer.create>[0], {
+    onProgress: (progress) => log.preparing(progress),
+    signal,
+  });
   try {
-    text = (await readFileBounded(path, MAX_CONFIG_BYTES, 'a configuration')).toString('utf8');
-  } catch (cause) {
-    throw new HardmineError(
-      'ERR_CONFIG',
-      `the configuration ${path} cannot be read: give the path of a JSON file`,
-      { cause },
+    const { plan, stepsDone } = trainer;
+    const estimate = await trainer.estimate({ signal });
+    if (options.json) return output.json({ ...plan, stepsDone, ...estimate });
+    for (const warning of estimate.warnings) output.warning(warning);
+    output.result(
+      `data      ${plan.images} images of ${plan.identities} identities to train on, ${plan.heldOutImages} held out`,
     );
-  }
-  let value: unknown;
-  try {
-    value = JSON.parse(text);
-  } catch (cause) {
-    throw new HardmineError(
-      'ERR_CONFIG',
-      `the configuration ${path} is not JSON (${oneLine(cause instanceof Error ? cause.message : String(cause))}): mend it there`,
-      { cause },
+    output.result(
+      `device    ${plan.device}, ${plan.precision}, ${plan.threads} threads, ${estimate.imagesPerSecond.toFixed(0)} images a second`,
     );
-  }
-  if (value === null || typeof value !== 'object' || Array.isArray(value)) {
-    throw new HardmineError(
-      'ERR_CONFIG',
-      `the configuration ${path} is not a JSON object of keys and values: mend it there`,
+    output.result(
+      `time      ${duration(estimate.seconds)} for ${plan.totalSteps - stepsDone} steps, without validation and evaluation`,
     );
+    const onDevice = estimate.deviceMemoryBytes;
+    output.result(
+      `memory    ${formatBytes(estimate.memoryBytes)}${onDevice === null ? '' : `, and ${formatBytes(onDevice)} on the GPU`}`,
+    );
+    output.result(
+      `disk      up to ${formatBytes(estimate.diskBytes)}, of it ${formatBytes(estimate.checkpointBytes)} a checkpoint; ${formatBytes(estimate.freeDiskBytes)} are free`,
+    );
+  } finally {
+    await trainer.dispose();
   }
-  return value as Record<string, unknown>;
 }
 
 async function supervisedTrain(

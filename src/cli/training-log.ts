@@ -9,7 +9,8 @@ import type { Restart } from './supervisor.js';
 /** A step's line on a log that is no terminal, at most this often. */
 const LINE_MS = 1000;
 
-function duration(seconds: number): string {
+/** "1:02:03", or "2:03" below an hour. */
+export function duration(seconds: number): string {
   const whole = Math.max(0, Math.round(seconds));
   const [hours, minutes] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60];
   const rest = String(whole % 60).padStart(2, '0');

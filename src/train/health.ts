@@ -14,6 +14,7 @@ export type WarningKind =
   | 'outlier'
   | 'loss-scale'
   | 'checkpoint'
+  | 'disk'
   | 'environment'
   | 'identity';
 
