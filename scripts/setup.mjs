@@ -115,7 +115,27 @@ function isForThisMachine({ optional, os, cpu, libc }) {
   );
 }
 
+/** Whether this is a clone, and not the package as npm installs it: without src/, lock file and tests. */
+const IS_CLONE = fs.existsSync(join(ROOT, 'package-lock.json'));
+
+/** What the native build takes from npm, which a package as installed lacks, and where it lies. */
+const BUILD_PACKAGES = ['cmake-js', 'node-addon-api', 'node-api-headers'];
+const BUILD_TOOLS = IS_CLONE ? ROOT : join(BUILD, 'tools');
+
+function setUpBuildTools() {
+  const folder = join(BUILD_TOOLS, 'node_modules');
+  if (BUILD_PACKAGES.every((name) => fs.existsSync(join(folder, name)))) return;
+  const { devDependencies } = JSON.parse(read(join(ROOT, 'package.json')));
+  const wanted = BUILD_PACKAGES.map((name) => `${name}@${devDependencies[name]}`);
+  say(`installing what the build needs from npm: ${wanted.join(' ')}`);
+  const options = ['--prefix', BUILD_TOOLS, '--ignore-scripts', '--no-audit', '--no-fund'];
+  run('npm', ['install', ...options, ...wanted], {
+    mend: 'npm needs its registry; see its message above.',
+  });
+}
+
 function setUpPackages() {
+  if (!IS_CLONE) return setUpBuildTools();
   if (packagesComplete()) return;
   say('installing npm packages (npm ci)');
   run('npm', ['ci', '--no-audit', '--no-fund'], {
@@ -276,7 +296,7 @@ function setUpNative(withTests, cudaAsked) {
     run(
       process.execPath,
       [
-        'node_modules/cmake-js/bin/cmake-js',
+        join(BUILD_TOOLS, 'node_modules/cmake-js/bin/cmake-js'),
         command,
         '--log-level',
         'warn',
@@ -285,7 +305,8 @@ function setUpNative(withTests, cudaAsked) {
         ...args,
       ],
       {
-        env: nvcc === null ? {} : { CUDACXX: nvcc },
+        // It looks for node-addon-api from this folder upwards, or there.
+        env: { NODE_PATH: join(BUILD_TOOLS, 'node_modules'), ...(nvcc && { CUDACXX: nvcc }) },
         mend: 'see the message of the compiler or of CMake above.',
       },
     );
@@ -359,7 +380,7 @@ try {
   await withLock(() => {
     setUpPackages();
     if (only === null || only === 'native') setUpNative(tests, cuda);
-    if (only === null || only === 'dist') setUpDist();
+    if (IS_CLONE && (only === null || only === 'dist')) setUpDist();
   });
 } catch (error) {
   if (!(error instanceof SetupError)) throw error;

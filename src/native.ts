@@ -1,6 +1,5 @@
 /**
- * The typed contract of the native addons, and the loader that picks one and explains every failure.
- * Nothing but this file knows where a .node file lies.
+ * The typed contract of the native addons, and the loader that picks one.
  *
  * Calls that return a promise never throw, they reject; the others throw. Both give HardmineError:
  * ERR_INPUT for an argument of the wrong type, length or range, ERR_DISPOSED after dispose(),
@@ -9,9 +8,15 @@
  * handle run in the order in which they were made, each handle on a native thread of its own. Pending
  * calls keep the process alive, handles do not.
  */
-import { existsSync } from 'node:fs';
 import { constants } from 'node:os';
-import { fileURLToPath } from 'node:url';
+import {
+  type Backend,
+  CUDA_ADDON_REMEDY,
+  checkVersion,
+  explainFailure,
+  findAddon,
+  hasNvidiaDriver,
+} from './addon-file.js';
 import { HardmineError } from './errors.js';
 
 export type Precision = 'fp32' | 'bf16' | 'fp16';
@@ -222,7 +227,7 @@ export interface NativeBatches extends NativeHandle {
 }
 
 export interface NativeAddon {
-  readonly backend: 'cpu' | 'cuda';
+  readonly backend: Backend;
   devices(): NativeDevice[];
   describeNetwork(network: NativeNetwork): NativeNode[];
   weightLosses(
@@ -268,29 +273,7 @@ export interface ChosenDevice {
   why: string;
 }
 
-type Backend = NativeAddon['backend'];
-
-/** The package's own folder: this file lies one below it, in src/ as in dist/. */
-const ROOT = fileURLToPath(new URL('..', import.meta.url));
-
-const REBUILD = `run \`npm run build\` in ${ROOT}`;
-
-/** The oldest Node-API version that has all the calls of the addons (CMakeLists.txt: NAPI_VERSION). */
-const NODE_API = 9;
-
-/** Shared libraries that the addons need, by the start of their file names, and Debian's packages. */
-const LIBRARIES: readonly [prefix: string, packages: string][] = [
-  ['libdnnl', 'libdnnl-dev'],
-  ['libjpeg', 'libjpeg-dev'],
-  ['libgomp', 'libgomp1'],
-  ['libstdc++', 'libstdc++6'],
-];
-
 const loaded = new Map<Backend, NativeAddon>();
-
-function addonPath(backend: Backend): string {
-  return `${ROOT}build/Release/hardmine_${backend}.node`;
-}
 
 /**
  * The addon of a backend, loaded once per thread.
@@ -301,58 +284,26 @@ function addonPath(backend: Backend): string {
 export function loadAddon(backend: Backend): NativeAddon {
   const present = loaded.get(backend);
   if (present !== undefined) return present;
-  const path = addonPath(backend);
+  const found = findAddon(backend);
   const module: { exports: unknown } = { exports: {} };
   // libgomp reads this once, when the addon brings it in. Its default lets a thread that waits for
   // its team spin for milliseconds, which on a machine with other work takes the core from the very
   // thread it waits for. A user's own setting stands.
   if (process.env['OMP_WAIT_POLICY'] === undefined) process.env['GOMP_SPINCOUNT'] ??= '1000';
   try {
-    if (!existsSync(path)) throw new Error('there is no such file');
+    if (found === null) throw new Error('there is no such file');
+    if (found.prebuilt !== null) checkVersion(found.prebuilt);
     // RTLD_NOW: a symbol that is missing is found here, not in the middle of training.
-    process.dlopen(module, path, constants.dlopen.RTLD_NOW);
+    process.dlopen(module, found.path, constants.dlopen.RTLD_NOW);
   } catch (cause) {
+    if (cause instanceof HardmineError) throw cause;
     const reason = cause instanceof Error ? cause.message : String(cause);
-    throw new HardmineError('ERR_ADDON', explainFailure(backend, path, reason), { cause });
+    throw new HardmineError('ERR_ADDON', explainFailure(backend, found, reason), { cause });
   }
   const addon = module.exports as NativeAddon & { setErrorClass(type: unknown): void };
   addon.setErrorClass(HardmineError);
   loaded.set(backend, addon);
   return addon;
-}
-
-function explainFailure(backend: Backend, path: string, reason: string): string {
-  return (
-    `The native addon hardmine_${backend}.node could not be loaded on ${describePlatform()}: ` +
-    `tried ${path}: ${reason.replace(`${path}: `, '')}. To mend it, ${mend(reason)}.`
-  );
-}
-
-function describePlatform(): string {
-  const { report, platform, arch, versions } = process;
-  const header = (report.getReport() as { header?: { glibcVersionRuntime?: string } }).header;
-  const glibc = header?.glibcVersionRuntime;
-  const libc = platform !== 'linux' ? '' : glibc === undefined ? ', musl libc' : `, glibc ${glibc}`;
-  return `${platform}-${arch} (Node ${versions.node}, Node-API ${versions.napi}${libc})`;
-}
-
-function mend(reason: string): string {
-  if (Number(process.versions.napi) < NODE_API) {
-    return `install Node 20.19 or newer (Node-API ${NODE_API} is needed)`;
-  }
-  if (reason.includes('no such file')) return REBUILD;
-  if (reason.includes('loading addons is disabled')) return 'start node without --no-addons';
-  const missing = /(lib[\w+.-]+\.so[\w.]*): cannot open shared object file/.exec(reason)?.[1];
-  if (missing !== undefined) {
-    const known = LIBRARIES.find(([prefix]) => missing.startsWith(prefix));
-    const install =
-      known === undefined
-        ? `install the package that holds ${missing}`
-        : `run \`sudo apt-get install ${known[1]}\` (it holds ${missing})`;
-    return `${install}; if its version differs from the one built with, then ${REBUILD}`;
-  }
-  // Built elsewhere or from other sources: another C library, processor or version of a library.
-  return `${REBUILD}, which builds it for this machine`;
 }
 
 /**
@@ -382,13 +333,6 @@ export function chooseDevice(request: DeviceRequest): ChosenDevice {
   return { addon, execution: { device: ordinal, precision, threads, deterministic }, why };
 }
 
-/** Where NVIDIA's kernel module says that it is there. */
-export const hasNvidiaDriver = (): boolean => existsSync('/proc/driver/nvidia/version');
-
-/** How a machine with a GPU gets the CUDA addon. */
-export const CUDA_ADDON_REMEDY =
-  'build it with `npm run build` (nvcc, which that needs, comes with `npm run setup:cuda`)';
-
 function resolveDevice(name: string): { backend: Backend; ordinal: number; why: string } {
   if (name === 'auto') return chooseAutomatically();
   if (name === 'cpu') return { backend: 'cpu', ordinal: 0, why: 'The CPU was asked for.' };
@@ -399,11 +343,11 @@ function resolveDevice(name: string): { backend: Backend; ordinal: number; why: 
       `Device '${name}' is not known: use auto, cpu, cuda or cuda:N with N counted from 0.`,
     );
   }
-  if (!existsSync(addonPath('cuda'))) {
+  if (findAddon('cuda') === null) {
     throw new HardmineError(
       'ERR_DEVICE_UNAVAILABLE',
-      `Device ${name} was asked for but this installation has no CUDA addon ` +
-        `(${addonPath('cuda')} is not there): ${hasNvidiaDriver() ? CUDA_ADDON_REMEDY : 'the machine has no NVIDIA driver either'}; or use --device cpu.`,
+      `Device ${name} was asked for but this installation has no CUDA addon: ` +
+        `${hasNvidiaDriver() ? CUDA_ADDON_REMEDY : 'the machine has no NVIDIA driver either'}; or use --device cpu.`,
     );
   }
   return { backend: 'cuda', ordinal: Number(cuda[1] ?? 0), why: `Device ${name} was asked for.` };
@@ -411,7 +355,7 @@ function resolveDevice(name: string): { backend: Backend; ordinal: number; why: 
 
 function chooseAutomatically(): { backend: Backend; ordinal: number; why: string } {
   const cpu = (why: string) => ({ backend: 'cpu' as const, ordinal: 0, why });
-  if (!existsSync(addonPath('cuda'))) {
+  if (findAddon('cuda') === null) {
     return cpu(
       hasNvidiaDriver()
         ? `The CPU, because this installation has no CUDA addon, though the machine has an NVIDIA driver: ${CUDA_ADDON_REMEDY}.`
@@ -432,5 +376,5 @@ function chooseAutomatically(): { backend: Backend; ordinal: number; why: string
 
 /** The backends of this installation, the preferred one first: the CPU always, CUDA where it is built. */
 export function backends(): Backend[] {
-  return existsSync(addonPath('cuda')) ? ['cuda', 'cpu'] : ['cpu'];
+  return findAddon('cuda') !== null ? ['cuda', 'cpu'] : ['cpu'];
 }

@@ -128,7 +128,7 @@ describe('the native addon', () => {
         const copy = mkdtempSync(join(folder, 'package-'));
         mkdirSync(join(copy, 'src'));
         mkdirSync(join(copy, 'build/Release'), { recursive: true });
-        for (const file of ['native.ts', 'errors.ts']) {
+        for (const file of ['native.ts', 'addon-file.ts', 'errors.ts']) {
           copyFileSync(join(ROOT, 'src', file), join(copy, 'src', file));
         }
         writeFileSync(join(copy, 'package.json'), '{"type": "module"}');

@@ -1,6 +1,7 @@
 import { copyFile, rm } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Command } from 'commander';
+import { hasNvidiaDriver } from '../addon-file.js';
 import type { ConfigInput } from '../config.js';
 import { type Dataset, openDataset } from '../data/dataset.js';
 import { makeFolders } from '../data/files.js';
@@ -18,7 +19,7 @@ import {
 import type { TensorMap } from '../formats/safetensors.js';
 import { resolveLoss } from '../loss.js';
 import { FaceModel } from '../model.js';
-import { chooseDevice, hasNvidiaDriver } from '../native.js';
+import { chooseDevice } from '../native.js';
 import { type ReportPair, writeReport } from '../report/report.js';
 import { readMetrics } from '../train/run-directory.js';
 import { Trainer } from '../trainer.js';

@@ -1,17 +1,11 @@
 import type { Command } from 'commander';
+import { type Backend, CUDA_ADDON_REMEDY, hasNvidiaDriver } from '../addon-file.js';
 import { HardmineError } from '../errors.js';
-import {
-  backends,
-  CUDA_ADDON_REMEDY,
-  chooseDevice,
-  hasNvidiaDriver,
-  loadAddon,
-  type NativeDevice,
-} from '../native.js';
+import { backends, chooseDevice, loadAddon, type NativeDevice } from '../native.js';
 import { type CommonOptions, makeCommand, output } from './command.js';
 
 interface BackendReport {
-  backend: 'cpu' | 'cuda';
+  backend: Backend;
   usable: boolean;
   devices: NativeDevice[];
   /** What is wrong and how to mend it; null: nothing. */
@@ -26,7 +20,7 @@ export function doctorCommand(): Command {
   ).action(doctor);
 }
 
-function examine(backend: 'cpu' | 'cuda'): BackendReport {
+function examine(backend: Backend): BackendReport {
   if (!backends().includes(backend)) {
     const problem = hasNvidiaDriver()
       ? `an NVIDIA driver is there, but this installation has no CUDA addon: ${CUDA_ADDON_REMEDY}`
