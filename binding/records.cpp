@@ -66,14 +66,16 @@ Napi::Value Records::verify(const Napi::CallbackInfo& info) {
     int64_t index;
     std::string reason;
   };
+  const int64_t from = info[0].IsUndefined() ? 0 : to_integer(info[0], "from", 0, images_);
+  const int64_t to = info[1].IsUndefined() ? images_ : to_integer(info[1], "to", from, images_);
   const auto damages = std::make_shared<std::vector<Damage>>();
   return submit(
       info, "records.verify",
-      [slot = slot_, damages](const std::atomic<bool>& cancelled) {
+      [slot = slot_, from, to, damages](const std::atomic<bool>& cancelled) {
         const RecordFile& records = *slot->object;
         std::vector<uint8_t> joined;
         std::vector<uint8_t> pixels(kImageBytes);
-        for (int64_t index = 0; index < records.images() && !cancelled; ++index) {
+        for (int64_t index = from; index < to && !cancelled; ++index) {
           try {
             decode_image(records, index, joined, pixels.data());
           } catch (const Error& error) {

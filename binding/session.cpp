@@ -9,6 +9,38 @@
 namespace hardmine::binding {
 namespace {
 
+// The steps of one call, and what comes of them.
+struct Steps {
+  std::vector<StepSettings> settings;
+  std::vector<StepStats> stats;
+  int64_t done = 0;
+};
+
+// One batch of the caller's own images.
+struct OwnBatch : BatchSource {
+  std::vector<uint8_t> images;
+  std::vector<int32_t> labels;
+  std::vector<Augmentation> augmentations;
+
+  Batch next() override {
+    return {images.data(), labels.data(), augmentations.data(),
+            static_cast<int64_t>(labels.size())};
+  }
+};
+
+std::vector<Augmentation> draw_augmentations(const Members& augment, size_t rows) {
+  const auto seed = static_cast<uint64_t>(augment.integer("seed", 0, kMaxSafeInteger));
+  const bool mirror = augment.boolean("mirror");
+  const auto crop = static_cast<int>(augment.integer("crop", 0, kImageSize / 2));
+  const int64_t epoch = augment.integer("epoch", 1, kMaxSafeInteger);
+  const int64_t first = augment.integer("first", 0, kMaxSafeInteger);
+  std::vector<Augmentation> drawn(rows);
+  for (size_t i = 0; i < rows; ++i) {
+    drawn[i] = draw_augmentation(seed, mirror, crop, epoch, first + static_cast<int64_t>(i));
+  }
+  return drawn;
+}
+
 class Session : public NetworkHandle<TrainingSession> {
  public:
   static constexpr napi_type_tag kTag = {0xC6093D5B1F8E4A72, 0x9F27E0A4B85D6C31};
@@ -16,36 +48,31 @@ class Session : public NetworkHandle<TrainingSession> {
   using NetworkHandle::NetworkHandle;
 
   Napi::Value train(const Napi::CallbackInfo& info);
+  Napi::Value train_own(const Napi::CallbackInfo& info);
   Napi::Value cancel(const Napi::CallbackInfo& info);
   Napi::Value steps_done(const Napi::CallbackInfo& info);
 
  private:
+  template <typename Source, typename Finish>
+  Napi::Value submit_steps(const Napi::CallbackInfo& info, const char* name,
+                           std::shared_ptr<Steps> steps, Source source, Finish finish);
+
   // Shared with the calls under way, which may outlive the handle.
   std::shared_ptr<std::atomic<int64_t>> steps_done_ = std::make_shared<std::atomic<int64_t>>(0);
 };
 
-Napi::Value Session::train(const Napi::CallbackInfo& info) {
-  struct Steps {
-    std::vector<StepSettings> settings;
-    std::vector<StepStats> stats;
-    int64_t done = 0;
-  };
-  auto& batches = unwrap<Batches>(info[0], "batches");
-  if (!info[1].IsArray()) refuse("settings", "an Array", info[1]);
-  const auto settings = info[1].As<Napi::Array>();
-  const auto steps = std::make_shared<Steps>();
-  const uint32_t count = settings.Length();  // once: a getter of the caller's may make it longer
-  for (uint32_t i = 0; i < count; ++i) {
-    steps->settings.push_back(to_step_settings(settings[i], "settings[" + std::to_string(i) + "]"));
-  }
+// `finish` is called, on the worker's thread, when the steps were done without an error.
+template <typename Source, typename Finish>
+Napi::Value Session::submit_steps(const Napi::CallbackInfo& info, const char* name,
+                                  std::shared_ptr<Steps> steps, Source source, Finish finish) {
   steps->stats.resize(steps->settings.size());
-  const auto use = batches.use("session.train");
   return submit(
-      info, "session.train",
-      [slot = slot(), steps, use, steps_done = steps_done_](const std::atomic<bool>& cancelled) {
+      info, name,
+      [slot = slot(), steps, source, finish,
+       steps_done = steps_done_](const std::atomic<bool>& cancelled) {
         try {
           steps->done =
-              slot->object->network->train(**use, steps->settings, steps->stats, cancelled);
+              slot->object->network->train(source(), steps->settings, steps->stats, cancelled);
         } catch (...) {
           // A step that was done has rows; who reports the error can then name the step that
           // failed.
@@ -54,7 +81,7 @@ Napi::Value Session::train(const Napi::CallbackInfo& info) {
           throw;
         }
         *steps_done += steps->done;
-        use->finish();
+        finish();
       },
       [steps](Napi::Env env) -> Napi::Value {
         const auto array = Napi::Array::New(env, static_cast<size_t>(steps->done));
@@ -63,6 +90,32 @@ Napi::Value Session::train(const Napi::CallbackInfo& info) {
         return array;
       },
       true);
+}
+
+Napi::Value Session::train(const Napi::CallbackInfo& info) {
+  auto& batches = unwrap<Batches>(info[0], "batches");
+  if (!info[1].IsArray()) refuse("settings", "an Array", info[1]);
+  const auto settings = info[1].As<Napi::Array>();
+  const auto steps = std::make_shared<Steps>();
+  const uint32_t count = settings.Length();  // once: a getter of the caller's may make it longer
+  for (uint32_t i = 0; i < count; ++i) {
+    steps->settings.push_back(to_step_settings(settings[i], "settings[" + std::to_string(i) + "]"));
+  }
+  const auto use = batches.use("session.train");
+  return submit_steps(
+      info, "session.train", steps, [use]() -> BatchSource& { return **use; },
+      [use] { use->finish(); });
+}
+
+Napi::Value Session::train_own(const Napi::CallbackInfo& info) {
+  const auto own = std::make_shared<OwnBatch>();
+  own->labels = to_vector<int32_t>(info[1], "labels");
+  own->images = to_vector<uint8_t>(info[0], "images", own->labels.size() * kImageBytes);
+  own->augmentations = draw_augmentations(Members(info[2], "augment"), own->labels.size());
+  const auto steps = std::make_shared<Steps>();
+  steps->settings.push_back(to_step_settings(info[3], "settings"));
+  return submit_steps(
+      info, "session.trainOwn", steps, [own]() -> BatchSource& { return *own; }, [] {});
 }
 
 Napi::Value Session::cancel(const Napi::CallbackInfo& info) {
@@ -104,6 +157,7 @@ Napi::Value create_session(const Napi::CallbackInfo& info) {
         wrap_network(env, std::make_unique<Session>(env, std::move(worker), slot, embedding));
     define_value(object, "engines", Napi::String::New(env, slot->object->network->engines()));
     define_method<rejecting<method<Session, &Session::train>>>(object, "train");
+    define_method<rejecting<method<Session, &Session::train_own>>>(object, "trainOwn");
     define_method<throwing<method<Session, &Session::cancel>>>(object, "cancel");
     define_method<throwing<method<Session, &Session::steps_done>>>(object, "stepsDone");
     return object;

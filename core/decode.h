@@ -74,6 +74,10 @@ class BatchRing : public BatchSource {
   virtual std::vector<SkippedImage> skipped() const = 0;
 };
 
+// What augmentation does to one image of an epoch: flips half of them where `mirror`, shifts by up
+// to `crop` pixels each way.
+Augmentation draw_augmentation(uint64_t seed, bool mirror, int crop, int64_t epoch, int64_t image);
+
 // The order of one epoch: a permutation of 0..n-1 from (seed, epoch).
 std::vector<int64_t> epoch_permutation(int64_t n, uint64_t seed, int64_t epoch);
 

@@ -40,20 +40,6 @@ uint64_t epoch_stream(const char* purpose, int64_t epoch) {
   return stream_of(purpose) ^ mix64(static_cast<uint64_t>(epoch));
 }
 
-Augmentation draw_augmentation(const RingSpec& spec, int64_t epoch, int64_t image) {
-  const uint64_t stream = epoch_stream("augmentation", epoch);
-  const auto draw = [&](uint64_t which, int bound) {
-    const uint64_t index = 3 * static_cast<uint64_t>(image) + which;
-    return static_cast<int>(
-        random_below(random_bits(spec.seed, stream, index), static_cast<uint64_t>(bound)));
-  };
-  Augmentation augmentation;
-  augmentation.mirror = static_cast<uint8_t>(draw(0, spec.mirror ? 2 : 1));
-  augmentation.dx = static_cast<int8_t>(draw(1, 2 * spec.crop + 1) - spec.crop);
-  augmentation.dy = static_cast<int8_t>(draw(2, 2 * spec.crop + 1) - spec.crop);
-  return augmentation;
-}
-
 void check(const RecordFile& records, const RingSpec& spec) {
   const auto n = static_cast<int64_t>(spec.images.size());
   const auto demand = [](bool holds, const std::string& sentence) {
@@ -404,7 +390,8 @@ class DecodeRing final : public BatchRing {
         decode_jpeg(jpeg, records_->describe(image),
                     slot.images + static_cast<size_t>(row) * kImageBytes);
         slot.labels[row] = spec_.labels[at];
-        slot.augmentations[row] = draw_augmentation(spec_, claim.epoch, image);
+        slot.augmentations[row] =
+            draw_augmentation(spec_.seed, spec_.mirror, spec_.crop, claim.epoch, image);
         return true;
       } catch (const Error& error) {
         if (spec_.skips == 0 || std::strcmp(error.code(), codes::kData) != 0) {
@@ -476,6 +463,20 @@ class DecodeRing final : public BatchRing {
 };
 
 }  // namespace
+
+Augmentation draw_augmentation(uint64_t seed, bool mirror, int crop, int64_t epoch, int64_t image) {
+  const uint64_t stream = epoch_stream("augmentation", epoch);
+  const auto draw = [&](uint64_t which, int bound) {
+    const uint64_t index = 3 * static_cast<uint64_t>(image) + which;
+    return static_cast<int>(
+        random_below(random_bits(seed, stream, index), static_cast<uint64_t>(bound)));
+  };
+  Augmentation augmentation;
+  augmentation.mirror = static_cast<uint8_t>(draw(0, mirror ? 2 : 1));
+  augmentation.dx = static_cast<int8_t>(draw(1, 2 * crop + 1) - crop);
+  augmentation.dy = static_cast<int8_t>(draw(2, 2 * crop + 1) - crop);
+  return augmentation;
+}
 
 std::vector<int64_t> epoch_permutation(int64_t n, uint64_t seed, int64_t epoch) {
   std::vector<int64_t> order(static_cast<size_t>(n));

@@ -6,7 +6,8 @@ import { createHash } from 'node:crypto';
 import { resolve } from 'node:path';
 import { z } from 'zod';
 import { HardmineError, oneLine, quote } from './errors.js';
-import type { BaseLoss, LossSettings } from './loss.js';
+import type { BaseLoss, LossSettings, Weighting } from './loss.js';
+import type { DeviceName } from './native.js';
 
 /** A configuration file has one or two kilobytes; what is much larger is none. */
 export const MAX_CONFIG_BYTES = 2 ** 20;
@@ -227,7 +228,8 @@ export type WeightingConfig =
   | { kind: 'none' };
 
 /** A configuration with every default filled in; keys without a meaning for `loss` are absent. */
-export type Config = Omit<Parsed, 'weighting' | 'lambda' | 'center'> & {
+export type Config = Omit<Parsed, 'device' | 'weighting' | 'lambda' | 'center'> & {
+  device: DeviceName;
   weighting: WeightingConfig;
   lambda?: { start: number; decay: number; floor: number };
   /** Absent: no center loss. */
@@ -235,9 +237,10 @@ export type Config = Omit<Parsed, 'weighting' | 'lambda' | 'center'> & {
 };
 
 /** What a user writes: every key but `data` and `out` may be left out. */
-export type ConfigInput = Omit<z.input<typeof configSchema>, 'weighting' | 'lambda'> & {
+export type ConfigInput = Omit<z.input<typeof configSchema>, 'device' | 'weighting' | 'lambda'> & {
+  device?: DeviceName;
   /** By its kind alone only where every parameter has a default: not knot-magnify. */
-  weighting?: WeightingConfig['kind'] | z.input<typeof weightingSchema>;
+  weighting?: Exclude<WeightingConfig['kind'], 'knot-magnify'> | Weighting;
   lambda?: number | z.input<typeof lambdaSchema>;
 };
 

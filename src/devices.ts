@@ -1,9 +1,15 @@
-import { backends, loadAddon, type NativeDevice, type Precision } from './native.js';
+import {
+  backends,
+  type DeviceName,
+  loadAddon,
+  type NativeDevice,
+  type Precision,
+} from './native.js';
 
 /** A device that hardmine can train on. */
 export interface Device {
   /** What `device` options take: 'cpu', or 'cuda:N' with N counted from 0. */
-  id: string;
+  id: Extract<DeviceName, 'cpu' | `cuda:${number}`>;
   backend: 'cpu' | 'cuda';
   /** "AMD EPYC ..." or "NVIDIA H100 80GB HBM3". */
   name: string;

@@ -1,16 +1,23 @@
 /** A margin-softmax head on its own, its class weights kept on the device. */
 import { HardmineError } from './errors.js';
 import { type LambdaAnnealing, type LossSettings, lambdaAt, resolveLoss } from './loss.js';
-import { chooseDevice, type Implementation, type NativeHead, type Precision } from './native.js';
+import {
+  chooseDevice,
+  type DeviceName,
+  type Implementation,
+  type NativeHead,
+  type Precision,
+} from './native.js';
 
 export interface MarginHeadOptions {
   /** Number of classes, at least 2. */
   classes: number;
-  /** Length of an embedding. */
+  /** Length of an embedding, 1 to 65536; classes * dim at most 2^32. */
   dim: number;
+  /** Base loss, weighting over it, center loss beside it. */
   loss: LossSettings;
-  /** 'auto' (default), 'cpu', 'cuda' or 'cuda:N'. */
-  device?: string;
+  /** Default 'auto'. */
+  device?: DeviceName;
   /** Of the products; losses and softmax are fp32 always. Default 'fp32'. */
   precision?: Precision;
   /** 'fused' (default): in class chunks, never the N x classes matrix whole; 'unfused': the textbook chain. */
@@ -21,23 +28,29 @@ export interface MarginHeadOptions {
   deterministic?: boolean;
 }
 
-export interface HeadInput {
+/** Arrays are read, never written or kept; all values must be finite. */
+export type HeadInput = {
   /** [N, dim], row after row. */
-  embeddings: Float32Array;
-  /** [classes, dim], row after row; left out: those on the device. */
-  weights?: Float32Array;
-  /** [classes], with `weights` and for softmax alone. */
-  bias?: Float32Array;
+  readonly embeddings: Float32Array;
   /** [N], 0 to classes - 1. */
-  labels: Int32Array;
-}
+  readonly labels: Int32Array;
+} & (
+  | {
+      /** [classes, dim], row after row. They stay on the device. */
+      readonly weights: Float32Array;
+      /** [classes], for softmax alone; left out: zeros. */
+      readonly bias?: Float32Array;
+    }
+  /** Left out: those on the device. */
+  | { readonly weights?: undefined; readonly bias?: undefined }
+);
 
 export interface HeadOutput {
   /** Mean of weightedLoss, plus the center loss where there is one; the gradients are its. */
   loss: number;
-  /** [N] */
+  /** [N], of each sample before any weighting. */
   baseLoss: Float32Array;
-  /** [N] */
+  /** [N], HM or KM of it (see weightLosses); without a weighting the same. */
   weightedLoss: Float32Array;
   /** [N, dim] */
   gradEmbeddings: Float32Array;
@@ -48,11 +61,11 @@ export interface HeadOutput {
 }
 
 export interface HeadStepSettings {
-  /** Learning rate. */
+  /** Learning rate, from 0. */
   lr: number;
-  /** Default 0.9. */
+  /** 0 to 1, default 0.9. */
   momentum?: number;
-  /** Of the class weights; default 5e-4. */
+  /** Of the class weights, from 0, default 5e-4. */
   weightDecay?: number;
 }
 
@@ -67,9 +80,15 @@ export interface HeadStep {
   gradEmbeddings: Float32Array;
 }
 
-/** Not to be used after dispose(). Calls run one after the other, off the event loop. */
+/**
+ * The class weights of a margin softmax, its loss and its SGD: what comes after a network of your own.
+ * Calls run one after the other, off the event loop; arrays given are copied before a call returns. After
+ * dispose() every call fails with ERR_DISPOSED, those under way too.
+ */
 export class MarginHead {
+  /** As created. */
   readonly classes: number;
+  /** As created. */
   readonly dim: number;
   readonly #native: NativeHead;
   readonly #annealing: LambdaAnnealing;
@@ -93,8 +112,11 @@ export class MarginHead {
   }
 
   /**
-   * @throws HardmineError ERR_CONFIG for the loss, ERR_INPUT for the sizes, ERR_DEVICE_UNAVAILABLE for
-   *   the device.
+   * Makes a head without class weights: the first call gives them, setWeights() or forwardBackward().
+   *
+   * @throws HardmineError ERR_CONFIG for the loss or a name that is no device, ERR_INPUT for the sizes,
+   *   ERR_DEVICE_UNAVAILABLE for a device that is not there, ERR_DEVICE_OOM for its memory, ERR_ADDON
+   *   when its addon does not load.
    */
   static async create(options: MarginHeadOptions): Promise<MarginHead> {
     const { classes, dim, device = 'auto', precision = 'fp32', threads = 0 } = options;
@@ -114,11 +136,11 @@ export class MarginHead {
   }
 
   /**
-   * Loss and gradients; weights and centers stay as they are. A-Softmax uses the lambda of its first
-   * step.
+   * Loss and gradients (formulas: BaseLoss, Weighting, CenterLoss); no step is taken. A-Softmax uses the
+   * lambda of its first step.
    *
-   * @throws HardmineError ERR_INPUT for lengths that do not fit and labels outside the classes,
-   *   ERR_NON_FINITE for NaN or infinity in what was given.
+   * @throws HardmineError ERR_INPUT for lengths that do not fit, labels outside the classes, and where no
+   *   weights were ever given; ERR_NON_FINITE for NaN or infinity in what was given; ERR_DISPOSED.
    */
   async forwardBackward({ embeddings, weights, bias, labels }: HeadInput): Promise<HeadOutput> {
     this.#checkOpen();
@@ -136,8 +158,10 @@ export class MarginHead {
   }
 
   /**
-   * @param weights [classes, dim], row after row.
+   * @param weights [classes, dim], row after row; NaN and infinity are found by the next pass.
    * @param bias [classes], for softmax alone; left out: zeros.
+   * @throws HardmineError ERR_INPUT for lengths that do not fit and a bias that the loss has not,
+   *   ERR_DISPOSED.
    */
   async setWeights(weights: Float32Array, bias?: Float32Array): Promise<void> {
     this.#checkOpen();
@@ -151,7 +175,13 @@ export class MarginHead {
 
   /**
    * One step of SGD on the class weights: v = momentum v + (g + weightDecay w), w -= lr v; the bias
-   * does not decay. Then the centers of a center loss move.
+   * does not decay. Then the centers of a center loss move. A-Softmax's lambda falls with the steps of
+   * this head.
+   *
+   * @param embeddings [N, dim], row after row.
+   * @param labels [N], 0 to classes - 1.
+   * @throws HardmineError ERR_INPUT for lengths, labels or settings, and where no weights were ever
+   *   given; ERR_NON_FINITE for NaN or infinity, the weights then being as before; ERR_DISPOSED.
    */
   async step(
     embeddings: Float32Array,
@@ -177,7 +207,11 @@ export class MarginHead {
     return { loss, baseLoss, accuracy: correct / rows, gradEmbeddings };
   }
 
-  /** Copies of the class weights [classes, dim] and, for softmax, the bias [classes]. */
+  /**
+   * Copies of the class weights [classes, dim] and, for softmax, the bias [classes].
+   *
+   * @throws HardmineError ERR_INPUT where no weights were ever given, ERR_DISPOSED.
+   */
   async readWeights(): Promise<{ weights: Float32Array; bias?: Float32Array }> {
     this.#checkOpen();
     this.#checkWeightsSet();
@@ -187,7 +221,7 @@ export class MarginHead {
 
   /**
    * @param centers [classes, dim] of the center loss, row after row; 0 until they are set or moved.
-   * @throws HardmineError ERR_INPUT where the loss has none.
+   * @throws HardmineError ERR_INPUT where the loss has none and for another length, ERR_DISPOSED.
    */
   async setCenters(centers: Float32Array): Promise<void> {
     this.#checkOpen();
@@ -196,7 +230,11 @@ export class MarginHead {
     await this.#native.setCenters(centers);
   }
 
-  /** A copy of the centers [classes, dim]. @throws HardmineError ERR_INPUT where the loss has none. */
+  /**
+   * A copy of the centers [classes, dim].
+   *
+   * @throws HardmineError ERR_INPUT where the loss has none, ERR_DISPOSED.
+   */
   async readCenters(): Promise<Float32Array> {
     this.#checkOpen();
     this.#checkCenters();

@@ -1,5 +1,10 @@
 /** hardmine's public API. */
 export {
+  type AlignFolderOptions,
+  type AlignFolderResult,
+  alignFolder,
+} from './align/align-folder.js';
+export {
   type AlignedFace,
   FaceAligner,
   type FaceAlignerOptions,
@@ -17,6 +22,9 @@ export {
   type OpenOptions,
   openDataset,
 } from './data/dataset.js';
+export { type GeneratedFacesOptions, generateFaces } from './data/generated-faces.js';
+export { type Inspection, type InspectOptions, inspectDataset } from './data/inspect.js';
+export { type PackResult, packDataset, type Selection as PackSelection } from './data/pack.js';
 export { type Device, devices } from './devices.js';
 export { type ErrorCode, HardmineError } from './errors.js';
 export { type BinResult, type EvaluateBin, evaluateBin } from './evaluate/bin.js';
@@ -28,7 +36,17 @@ export {
 } from './evaluate/identification.js';
 export type { AlignFace } from './evaluate/image-source.js';
 export { type EvaluateLfw, evaluateLfw, type LfwResult } from './evaluate/lfw.js';
-export type { ScoreModel } from './evaluate/pairs.js';
+export {
+  type EmbedForPairs,
+  type EvaluatePairs,
+  embedForPairs,
+  evaluatePairs,
+  type PairsResult,
+  pixelSimilarity,
+  type ScoredPair,
+  type ScoreModel,
+  type VerificationPair,
+} from './evaluate/pairs.js';
 export type { ProtocolName } from './evaluate/protocols.js';
 export { type McNemar, mcnemar } from './evaluate/statistics.js';
 export {
@@ -46,7 +64,16 @@ export {
   type MarginHeadOptions,
 } from './head.js';
 export type { BaseLoss, CenterLoss, LambdaAnnealing, LossSettings, Weighting } from './loss.js';
-export { FaceModel, type ModelInfo, type ModelOptions, type OnnxCheck } from './model.js';
+export {
+  type EmbedOptions,
+  FaceModel,
+  type ModelInfo,
+  type ModelOptions,
+  type OnnxCheck,
+} from './model.js';
+export type { DeviceName, Implementation, Precision } from './native.js';
+export type { DataSource, Samples } from './train/data-source.js';
+export type { WarningKind } from './train/health.js';
 export {
   type CheckpointEvent,
   type EpochEvent,
@@ -55,6 +82,7 @@ export {
   type StepEvent,
   Trainer,
   type TrainerEvent,
+  type TrainerInput,
   type TrainerOptions,
   type TrainingPlan,
   type ValidationEvent,

@@ -1,4 +1,5 @@
 /** A trained network as a file and as something that embeds faces. */
+import { throwIfAborted } from './data/files.js';
 import { decodeImages, PIXEL_BYTES, SIDE } from './data/images.js';
 import { RandomStream } from './data/random.js';
 import { HardmineError } from './errors.js';
@@ -13,6 +14,7 @@ import {
 } from './formats/safetensors.js';
 import {
   chooseDevice,
+  type DeviceName,
   type NativeAddon,
   type NativeEmbedder,
   type NativeExecution,
@@ -45,26 +47,42 @@ export interface ModelInfo {
 }
 
 export interface ModelOptions {
-  /** 'auto' (default), 'cpu', 'cuda' or 'cuda:N'. */
-  device?: string;
+  /** Default 'auto'. */
+  device?: DeviceName;
   /** Of products and activations; default 'fp32', so that embeddings are those of other runtimes. */
   precision?: Precision;
   /** CPU threads; default 0: physical cores. */
   threads?: number;
 }
 
+export interface EmbedOptions {
+  /** Embed the images with left and right exchanged. Default false. */
+  mirror?: boolean;
+  /** Stops the work before the next 64 images. */
+  signal?: AbortSignal;
+}
+
+/** How far ONNX Runtime's embeddings are from ours. */
 export interface OnnxCheck {
+  /** How many were compared. */
   images: number;
+  /** Greatest difference of a value of an embedding. */
   maxAbsDifference: number;
+  /** Least cosine of an image's two embeddings, -1 to 1. */
   minCosine: number;
-  /** At most 1e-4 and at least 0.99999. */
+  /** Whether the former is at most 1e-4 and the latter at least 0.99999. */
   passed: boolean;
 }
 
-/** A ResNet18 that turns aligned faces into embeddings. Not to be used after dispose(). */
+/**
+ * A ResNet18 (He et al. 2016, as torchvision has it) that turns aligned faces into embeddings. Calls run
+ * one after the other, off the event loop. After dispose() every call fails with ERR_DISPOSED, those
+ * under way too.
+ */
 export class FaceModel {
   /** Length of an embedding. */
   readonly embedding: number;
+  /** What the file says of the model. */
   readonly info: Readonly<ModelInfo>;
   readonly #addon: NativeAddon;
   readonly #execution: NativeExecution;
@@ -94,7 +112,9 @@ export class FaceModel {
    * Loads a safetensors file with the keys and shapes of torchvision's
    * resnet18(num_classes=embedding).state_dict(), saved by hardmine or from PyTorch.
    *
-   * @throws HardmineError ERR_IO or ERR_FORMAT for the file, ERR_DEVICE_UNAVAILABLE for the device.
+   * @throws HardmineError ERR_IO for a file that cannot be read; ERR_FORMAT for one that is none, lacks a
+   *   tensor or has one too many, and for weights that are not finite; ERR_CONFIG for a name that is no
+   *   device, ERR_DEVICE_UNAVAILABLE for one that is not there, ERR_ADDON when its addon does not load.
    */
   static async load(path: string, options: ModelOptions = {}): Promise<FaceModel> {
     const { tensors, metadata } = await readSafetensors(path);
@@ -104,6 +124,8 @@ export class FaceModel {
   /**
    * The model of a network's tensors by name: those of a model file, or those of a training session,
    * whose batch-norm over the embedding is folded and whose num_batches_tracked may be absent.
+   *
+   * @throws HardmineError as load() does, but for ERR_IO.
    */
   static async fromTensors(
     tensors: TensorMap,
@@ -128,51 +150,68 @@ export class FaceModel {
   }
 
   /**
-   * Raw embeddings, row after row [N, embedding], by running statistics.
+   * Raw embeddings, row after row [N, embedding], by running statistics. A score of two images is the
+   * cosine of embedding plus mirror image's embedding, as embedForPairs() gives them; `info.threshold`
+   * was found on such scores.
    *
-   * @param images RGB bytes [N, 112, 112, 3], or paths of 112x112 JPEG or PNG files.
-   * @param options.mirror embed the images with left and right exchanged.
-   * @throws HardmineError ERR_INPUT for bytes that are no whole images, ERR_DATA naming the file that
-   *   is no image of 112x112.
+   * @param images RGB bytes [N, 112, 112, 3], of which pixels are (x - 127.5) / 128 to the network, or
+   *   paths of 112x112 JPEG or PNG files, read as they are needed. Without images, an empty array.
+   * @throws HardmineError ERR_INPUT for bytes that are no whole images; ERR_IO or ERR_DATA naming the
+   *   file that cannot be read or is no image of 112x112; ERR_ABORTED after `signal`, ERR_DISPOSED.
    */
   async embed(
     images: Uint8Array | readonly string[],
-    { mirror = false }: { mirror?: boolean } = {},
+    { mirror = false, signal }: EmbedOptions = {},
   ): Promise<Float32Array> {
     const embedder = this.#open();
-    const total = images instanceof Uint8Array ? images.length / PIXEL_BYTES : images.length;
-    if (!Number.isInteger(total)) {
-      throw new HardmineError(
-        'ERR_INPUT',
-        `The images have ${images.length} bytes, which is no multiple of ${PIXEL_BYTES}: give RGB bytes [N, ${SIDE}, ${SIDE}, 3].`,
-      );
-    }
+    const total = Array.isArray(images) ? images.length : wholeImages(images);
     const read = async (from: number): Promise<Uint8Array> =>
       images instanceof Uint8Array
         ? images.subarray(from * PIXEL_BYTES, (from + CHUNK) * PIXEL_BYTES)
         : decodeImages(images.slice(from, from + CHUNK));
     const embeddings = new Float32Array(total * this.embedding);
     for (let from = 0; from < total; from += CHUNK) {
+      throwIfAborted(signal, 'embedding');
       embeddings.set(await embedder.embed(await read(from), mirror), from * this.embedding);
     }
     return embeddings;
   }
 
-  /** Cosine of the angle between two embeddings, -1 to 1; compare it with `info.threshold`. */
+  /**
+   * Cosine of the angle between two embeddings, -1 to 1: a.b / (|a| |b|). Compare it with
+   * `info.threshold`. An embedding of zeros is at right angles to all: 0.
+   *
+   * @param a [embedding]
+   * @param b [embedding]
+   * @throws HardmineError ERR_INPUT for another length, ERR_NON_FINITE for NaN or infinity, ERR_DISPOSED.
+   */
   similarity(a: Float32Array, b: Float32Array): number {
     this.#open();
     for (const embedding of [a, b]) {
-      if (embedding.length !== this.embedding) {
+      if (!(embedding instanceof Float32Array) || embedding.length !== this.embedding) {
+        const found =
+          embedding instanceof Float32Array ? `${embedding.length} values` : 'no Float32Array';
         throw new HardmineError(
           'ERR_INPUT',
-          `An embedding has ${embedding.length} values where this model's have ${this.embedding}: give one row of what embed() returned.`,
+          `An embedding has ${found} where this model's have ${this.embedding}: give one row of what embed() returned.`,
         );
       }
+      const wrong = embedding.findIndex((value) => !Number.isFinite(value));
+      if (wrong < 0) continue;
+      throw new HardmineError(
+        'ERR_NON_FINITE',
+        `An embedding has ${embedding[wrong]} as its element ${wrong} where finite numbers are expected: the model's weights are damaged or its training diverged.`,
+      );
     }
     return cosine(a, b);
   }
 
-  /** Writes the model as safetensors, whole or not at all, for FaceModel.load and PyTorch's load_state_dict. */
+  /**
+   * Writes the model as safetensors, whole or not at all, for FaceModel.load and PyTorch's strict
+   * load_state_dict; `info` goes into the file's metadata.
+   *
+   * @throws HardmineError ERR_IO when writing fails, ERR_DISPOSED.
+   */
   async save(path: string): Promise<void> {
     this.#open();
     await writeModel(path, this.#tensors, this.info);
@@ -181,6 +220,8 @@ export class FaceModel {
   /**
    * Writes the model as ONNX, opset 17: input 'input', float [N, 3, 112, 112] of RGB as
    * (x - 127.5) / 128, output 'embedding', float [N, embedding], batch-norm folded.
+   *
+   * @throws HardmineError ERR_IO when writing fails, ERR_DISPOSED.
    */
   async exportOnnx(path: string): Promise<void> {
     this.#open();
@@ -193,14 +234,17 @@ export class FaceModel {
    *
    * @param path what exportOnnx wrote.
    * @param images RGB bytes [N, 112, 112, 3]; 64 generated ones by default.
-   * @throws HardmineError ERR_ADDON when onnxruntime-node is not installed, ERR_FORMAT when it
-   *   refuses the file.
+   * @throws HardmineError ERR_INPUT for no images or bytes that are no whole ones, ERR_ADDON when
+   *   onnxruntime-node is not installed, ERR_FORMAT when it refuses the file, ERR_DISPOSED.
    */
   async checkOnnx(
     path: string,
     images: Uint8Array = patternImages(ONNX_CHECK_IMAGES),
   ): Promise<OnnxCheck> {
     this.#open();
+    if (wholeImages(images) === 0) {
+      throw new HardmineError('ERR_INPUT', 'There are no images to compare: give at least one.');
+    }
     const theirs = await runOnnx(path, images);
     const exact = await createEmbedder(
       this.#addon,
@@ -431,6 +475,20 @@ function incomplete(name: string, tensor: string): HardmineError {
   );
 }
 
+/** How many images there are. */
+function wholeImages(images: unknown): number {
+  const count = images instanceof Uint8Array ? images.length / PIXEL_BYTES : Number.NaN;
+  if (Number.isInteger(count)) return count;
+  const found =
+    images instanceof Uint8Array
+      ? `${images.length} bytes, which is no multiple of ${PIXEL_BYTES}`
+      : 'no Uint8Array';
+  throw new HardmineError(
+    'ERR_INPUT',
+    `The images have ${found}: give RGB bytes [N, ${SIDE}, ${SIDE}, 3], or an array of paths to embed().`,
+  );
+}
+
 async function createEmbedder(
   addon: NativeAddon,
   execution: NativeExecution,
@@ -519,5 +577,6 @@ function cosine(a: Float32Array, b: Float32Array): number {
     squaresA += x * x;
     squaresB += y * y;
   }
-  return dot / Math.sqrt(squaresA * squaresB);
+  const squares = squaresA * squaresB;
+  return squares === 0 ? 0 : dot / Math.sqrt(squares);
 }

@@ -21,6 +21,8 @@ import { HardmineError } from './errors.js';
 
 export type Precision = 'fp32' | 'bf16' | 'fp16';
 export type Implementation = 'fused' | 'unfused';
+/** 'auto': the first CUDA device where there is one, else the CPU; N of 'cuda:N' counts from 0. */
+export type DeviceName = 'auto' | 'cpu' | 'cuda' | `cuda:${number}`;
 
 /** core/loss.h's LossSpec. */
 export interface NativeLoss {
@@ -169,9 +171,21 @@ export interface NativeSession extends NativeHandle {
    * `batches`; disposing `batches` meanwhile is safe, its memory goes when this call ends.
    */
   train(batches: NativeBatches, settings: NativeStepSettings[]): Promise<NativeStepStats[]>;
-  /** Makes every pending train() return after the present step with what it has done. */
+  /**
+   * Trains one step on a batch of the caller's own, or none when cancelled.
+   *
+   * @param images [n, 112, 112, 3], n being the session's batch; labels [n].
+   * @param augment what a ring draws for the images `first`, `first` + 1, ... of `epoch` (from 1).
+   */
+  trainOwn(
+    images: Uint8Array,
+    labels: Int32Array,
+    augment: { seed: number; mirror: boolean; crop: number; epoch: number; first: number },
+    settings: NativeStepSettings,
+  ): Promise<NativeStepStats[]>;
+  /** Makes every pending train() and trainOwn() return after the present step with what it has done. */
   cancel(): void;
-  /** Steps done by all calls of train() that have ended, those before an error included. */
+  /** Steps done by all calls of train() and trainOwn() that have ended, those before an error included. */
   stepsDone(): number;
   embed(images: Uint8Array, mirror: boolean): Promise<Float32Array>;
   read(name: string): Promise<Float32Array>;
@@ -195,8 +209,8 @@ export interface NativeRecords extends NativeHandle {
   jpeg(index: number): Promise<Uint8Array>;
   /** Decoded images [n, 112, 112, 3]. */
   decode(indices: Int32Array | Uint32Array): Promise<Uint8Array>;
-  /** Reads and decodes every image; the damaged ones with the reason. */
-  verify(): Promise<{ index: number; reason: string }[]>;
+  /** Reads and decodes the images from `from` (0) to before `to` (all); the damaged ones with the reason. */
+  verify(from?: number, to?: number): Promise<{ index: number; reason: string }[]>;
   batches(options: {
     images: Int32Array;
     labels: Int32Array;

@@ -22,8 +22,8 @@ import type { TensorMap } from './formats/safetensors.js';
 import { cosineWeight, expectedFirstLoss, resolveLoss } from './loss.js';
 import { type ModelInfo, writeModel } from './model.js';
 import {
+  type ChosenDevice,
   chooseDevice,
-  type NativeBatches,
   type NativeDevice,
   type NativeLoss,
   type NativeSession,
@@ -40,6 +40,7 @@ import {
   removeStale,
   writeCheckpoint,
 } from './train/checkpoint.js';
+import { checkDataSource, type DataSource, fingerprintOfSource } from './train/data-source.js';
 import {
   type DiskEstimate,
   estimateDisk,
@@ -53,6 +54,7 @@ import {
   type FinalResult,
   isPairsFile,
 } from './train/evaluation.js';
+import { type Feed, ringFeed, SourceFeed } from './train/feed.js';
 import {
   checkFirstLoss,
   Health,
@@ -72,8 +74,10 @@ const EMBED_IMAGES = 64;
 /** CPU threads that share one decoder: decoding takes about a tenth of what a training step takes. */
 const THREADS_PER_DECODER = 8;
 
+/** Some steps are done: as many as about a quarter of a second takes. */
 export type StepEvent = { type: 'step' } & MetricsLine;
 
+/** An epoch has ended; means as StepEvent has them. */
 export interface EpochEvent {
   type: 'epoch';
   /** The epoch that has ended, from 1. */
@@ -89,14 +93,15 @@ export interface EpochEvent {
   amplified: number;
 }
 
+/** The network was tried on pairs that it is not trained on. */
 export interface ValidationEvent {
   type: 'validation';
   epoch: number;
   step: number;
   pairs: number;
-  /** Mean over folds of the verification accuracy. */
+  /** Mean over folds of the verification accuracy, 0 to 1. */
   accuracy: number;
-  /** Cosine similarity that parts the pairs best. */
+  /** Cosine similarity that parts the pairs best, -1 to 1; the model file's `threshold`. */
   threshold: number;
   /** Whether no earlier epoch was as good. */
   best: boolean;
@@ -106,18 +111,23 @@ export interface ValidationEvent {
 export interface EvaluationEvent {
   type: 'evaluation';
   result: FinalResult;
+  /** Path of the model. */
   model: string;
 }
 
+/** A checkpoint was written, durable, and older ones beyond `keep` removed. */
 export interface CheckpointEvent {
   type: 'checkpoint';
   step: number;
+  /** Its folder. */
   path: string;
 }
 
+/** Something looks wrong; the run goes on. */
 export interface WarningEvent {
   type: 'warning';
   kind: WarningKind;
+  /** One sentence for people. */
   message: string;
 }
 
@@ -127,6 +137,7 @@ export interface WarningEvent {
  */
 export type SkippedEvent = { type: 'skipped' } & SkippedLine;
 
+/** What run() yields: `type` says which. */
 export type TrainerEvent =
   | StepEvent
   | EpochEvent
@@ -163,11 +174,12 @@ interface Parts {
   config: Config;
   loss: NativeLoss;
   plan: TrainingPlan;
-  dataset: Dataset;
+  /** Null: the images come from a source of the program's own. */
+  dataset: Dataset | null;
   data: CheckpointState['data'];
   environment: Record<string, string>;
   session: NativeSession;
-  batches: NativeBatches;
+  feed: Feed;
   validation: Validation | null;
   directory: RunDirectory;
   start: FoundCheckpoint | null;
@@ -179,6 +191,13 @@ interface Parts {
   /** What is said before the first step. */
   news: (WarningEvent | SkippedEvent)[];
 }
+
+/**
+ * A configuration as `hardmine train` takes it, by whose names and ranges it is checked; `data` may be a
+ * source of images instead of a path. There is no identity to hold out of a source: its `validation` is
+ * none unless it is a pairs file.
+ */
+export type TrainerInput = Omit<ConfigInput, 'data'> & { data: string | DataSource };
 
 export interface TrainerOptions {
   /** Told of the preparation of the training data. */
@@ -234,11 +253,13 @@ export class Trainer {
    * Checks the configuration, opens and, where needed, packs the data, and makes the network; with
    * `resume` it takes up the newest sound checkpoint. Nothing is written into the run directory.
    *
-   * @throws HardmineError ERR_CONFIG for settings, ERR_IO for a run directory that cannot be written,
-   *   ERR_DATA for data, ERR_CHECKPOINT where no checkpoint is sound, ERR_DEVICE_UNAVAILABLE
+   * @throws HardmineError ERR_CONFIG for settings, and on resumption for those of another run; ERR_IO for
+   *   a run directory that cannot be written; ERR_DATA for data, ERR_PROTOCOL for lists of pairs;
+   *   ERR_CHECKPOINT where no checkpoint is sound; ERR_DEVICE_UNAVAILABLE, ERR_DEVICE_OOM, ERR_ADDON;
+   *   ERR_ABORTED after `options.signal`.
    */
-  static async create(input: ConfigInput, options: TrainerOptions = {}): Promise<Trainer> {
-    const asked = resolveConfig(input);
+  static async create(input: TrainerInput, options: TrainerOptions = {}): Promise<Trainer> {
+    const { asked, source } = resolveInput(input);
     const { native: loss } = resolveLoss(lossSettings(asked));
     const directory = await RunDirectory.check(asked.out, asked.resume);
     await checkEvaluation(asked);
@@ -256,33 +277,25 @@ export class Trainer {
 
     const dispose: { dispose(): Promise<void> }[] = [];
     try {
-      const dataset = await openDataset(config.data, {
-        cacheDir: join(dirname(config.out), '.hardmine-cache'),
-        ...options,
-      });
-      dispose.push(dataset);
-      const data = fingerprintOf(dataset);
+      const material = source ? ofSource(source, config) : await ofDataset(config, options);
+      dispose.push(material);
+      const { data, dataset, images, classes } = material;
       if (found?.checkpoint) checkSameData(config.data, found.checkpoint.state.data, data);
-      const split = splitOf(dataset, config);
-      const skipped = config.onBadRecord === 'skip' ? new SkippedImages(dataset) : null;
+      const skipped = dataset && config.onBadRecord === 'skip' ? new SkippedImages(dataset) : null;
+      let { heldOut } = material;
       if (skipped) {
         if (found?.checkpoint) {
           skipped.resume(await directory.readSkipped(found.checkpoint.state.step));
         }
-        split.validation = await soundOnly(split.validation, skipped, news);
+        heldOut = await soundOnly(heldOut, skipped, news);
       }
-      const { images, labels, classes } = split.train;
-      if (images.length < config.batch) {
+      if (images < config.batch) {
         throw new HardmineError(
           'ERR_DATA',
-          `${config.data} has ${images.length} images to train on, fewer than the batch of ${config.batch}: lower batch to at most that, or add images`,
+          `${config.data} has ${images} images to train on, fewer than the batch of ${config.batch}: lower batch to at most that, or add images`,
         );
       }
       const threads = execution.threads || device.threads;
-      const decodeThreads =
-        addon.backend === 'cpu'
-          ? Math.max(1, Math.round(threads / THREADS_PER_DECODER))
-          : Math.min(16, availableParallelism());
       const session = await addon.createSession(
         {
           network: {
@@ -299,24 +312,14 @@ export class Trainer {
         execution,
       );
       dispose.push(session);
-      const batches = await dataset.records.batches({
-        images,
-        labels,
-        batch: config.batch,
-        seed: config.seed,
-        mirror: config.augment.flip,
-        crop: config.augment.crop,
-        decodeThreads,
-        execution: addon.backend === 'cuda' ? execution : null,
-        skip: skipped && { most: skipped.most, known: skipped.known },
-      });
-      dispose.push(batches);
+      const { epoch, stepInEpoch } = found?.checkpoint?.state ?? { epoch: 1, stepInEpoch: 0 };
+      const start = { epoch, step: stepInEpoch };
+      const feed = await material.feed(session, start, { addon, execution, threads, skipped });
+      dispose.push(feed);
       const environment = environmentOf(addon.backend, device, config, threads, session.engines);
       if (found?.checkpoint) {
         await restore(session, found.checkpoint);
-        const { state } = found.checkpoint;
-        await batches.seek(state.epoch, state.stepInEpoch);
-        news.push(...environmentWarnings(state.environment, environment));
+        news.push(...environmentWarnings(found.checkpoint.state.environment, environment));
       }
       const disk = await estimateDisk(config.out, session.tensors, config.keep);
       news.push(...diskWarnings(config, disk, found?.checkpoint != null));
@@ -324,11 +327,11 @@ export class Trainer {
         config,
         loss,
         plan: {
-          images: images.length,
+          images,
           identities: classes,
-          heldOutImages: split.validation?.images.length ?? 0,
-          stepsPerEpoch: batches.stepsPerEpoch,
-          totalSteps: batches.stepsPerEpoch * config.epochs,
+          heldOutImages: heldOut?.images.length ?? 0,
+          stepsPerEpoch: feed.stepsPerEpoch,
+          totalSteps: feed.stepsPerEpoch * config.epochs,
           backend: addon.backend,
           device: device.name,
           precision: execution.precision,
@@ -338,8 +341,8 @@ export class Trainer {
         data,
         environment,
         session,
-        batches,
-        validation: await validationOf(config, dataset, split.validation, session),
+        feed,
+        validation: await validationOf(config, material, heldOut, session),
         directory,
         start: found?.checkpoint ?? null,
         skipped,
@@ -359,12 +362,16 @@ export class Trainer {
   /**
    * Trains to the end and yields what happens. After `signal` it stops at the next step, writes a
    * checkpoint and throws ERR_ABORTED, which names it; any other error leaves the checkpoints as they
-   * are.
+   * are. Leaving the loop stops between two steps, without a checkpoint.
+   *
+   * @throws HardmineError ERR_BUSY when it was called before, ERR_NON_FINITE when the loss is no finite
+   *   number, ERR_DATA for a damaged image or a source's mistake, ERR_IO when writing fails,
+   *   ERR_DEVICE_LOST, ERR_DISPOSED.
    */
   async *run({ signal }: { signal?: AbortSignal } = {}): AsyncGenerator<TrainerEvent, void, void> {
     this.begin();
-    const { config, directory, session, plan } = this.parts;
-    const cancel = () => session.cancel();
+    const { config, directory, feed, plan } = this.parts;
+    const cancel = () => feed.cancel();
     signal?.addEventListener('abort', cancel);
     const { signal: disposed } = this.disposal;
     try {
@@ -392,6 +399,7 @@ export class Trainer {
       throw disposed.aborted ? disposedError(error) : error;
     } finally {
       signal?.removeEventListener('abort', cancel);
+      await feed.dispose();
       await directory.close();
       if (this.state === 'running') this.state = 'done';
     }
@@ -401,33 +409,37 @@ export class Trainer {
    * What the steps that are left will take, found by training for some seconds. Nothing is written, and
    * this Trainer can only be disposed of then.
    *
-   * @throws HardmineError ERR_ABORTED after `signal`; what run() throws
+   * @throws HardmineError ERR_ABORTED after `signal`, ERR_INPUT when no step is left; what run() throws
    */
   async estimate({ signal }: { signal?: AbortSignal } = {}): Promise<TrainingEstimate> {
     this.begin();
-    const { config, session, batches, plan, disk, deviceMemory, news } = this.parts;
-    const { stepsPerEpoch, totalSteps } = plan;
-    let steps = 0;
-    let ms = 0;
-    let msPerStep: number | null = null;
-    for (let first = true; first || (ms < ESTIMATE_MS && steps < totalSteps); first = false) {
+    const { config, feed, plan, disk, deviceMemory, news } = this.parts;
+    const left = plan.totalSteps - this.step;
+    let tried = 0;
+    let [steps, ms] = [0, 0];
+    while (tried < left && ms < ESTIMATE_MS) {
       throwIfAborted(signal, 'the estimate');
-      const count: number = stepsPerCall(msPerStep, stepsPerEpoch);
-      const settings = Array.from({ length: count }, (_, i) =>
-        stepSettings(config, steps + i, stepsPerEpoch),
+      const perCall: number = stepsPerCall(steps > 0 ? ms / steps : null, left - tried);
+      const settings = Array.from({ length: perCall }, (_, i) =>
+        stepSettings(config, this.step + tried + i, plan.stepsPerEpoch),
       );
       const startMs = performance.now();
-      await session.train(batches, settings);
-      const callMs = performance.now() - startMs;
-      msPerStep = callMs / count;
-      if (first) continue;
-      ms += callMs;
-      steps += count;
+      await feed.train(settings);
+      // The first step is slower than the others, so it counts only where it is the only one.
+      if (tried === 1) [steps, ms] = [0, 0];
+      steps += perCall;
+      ms += performance.now() - startMs;
+      tried += perCall;
     }
+    if (steps === 0)
+      throw new HardmineError(
+        'ERR_INPUT',
+        `${config.out} is finished: no step is left to estimate; give more epochs`,
+      );
     return {
       ...disk,
       imagesPerSecond: (1000 * config.batch * steps) / ms,
-      seconds: ((totalSteps - this.step) * ms) / steps / 1000,
+      seconds: (left * ms) / steps / 1000,
       memoryBytes: 1024 * process.resourceUsage().maxRSS,
       deviceMemoryBytes: deviceMemory?.() ?? null,
       warnings: news.flatMap((event) => (event.type === 'warning' ? [event.message] : [])),
@@ -438,10 +450,10 @@ export class Trainer {
   async dispose(): Promise<void> {
     this.state = 'disposed';
     this.disposal.abort();
-    const { batches, session, dataset, directory } = this.parts;
+    const { feed, session, dataset, directory } = this.parts;
     await session.dispose();
-    await batches.dispose();
-    await dataset.dispose();
+    await feed.dispose();
+    await dataset?.dispose();
     await directory.close();
   }
 
@@ -529,10 +541,10 @@ export class Trainer {
 
   /** One native call; of a number that is not finite it says at which step, and what is still sound. */
   private async trainSteps(settings: NativeStepSettings[]): Promise<NativeStepStats[]> {
-    const { session, batches } = this.parts;
+    const { session, feed } = this.parts;
     const before = session.stepsDone();
     try {
-      return await session.train(batches, settings);
+      return await feed.train(settings);
     } catch (error) {
       if (!(error instanceof HardmineError) || error.code !== 'ERR_NON_FINITE') throw error;
       const step = this.step + session.stepsDone() - before + 1;
@@ -547,9 +559,9 @@ export class Trainer {
 
   /** What the steps since the last look had to leave out. */
   private async *skips(): AsyncGenerator<TrainerEvent, void, void> {
-    const { batches, directory, skipped } = this.parts;
+    const { feed, directory, skipped } = this.parts;
     if (!skipped) return;
-    const { lines, warnings } = skipped.add(batches.skipped(), this.step);
+    const { lines, warnings } = skipped.add(feed.skipped(), this.step);
     if (lines.length === 0) return;
     await directory.writeSkipped(skipped.lines);
     for (const line of lines) yield { type: 'skipped', ...line };
@@ -723,6 +735,99 @@ function progressOf(stats: readonly NativeStepStats[]): Progress {
   );
 }
 
+/** What a run trains on. */
+interface Material {
+  /** Null: a source of the program's own. */
+  dataset: Dataset | null;
+  data: CheckpointState['data'];
+  /** Images and classes that train. */
+  images: number;
+  classes: number;
+  heldOut: HeldOut | null;
+  /** @param start the epoch (from 1) of the first batch, and its number there (from 0) */
+  feed(
+    session: NativeSession,
+    start: { epoch: number; step: number },
+    how: Pick<ChosenDevice, 'addon' | 'execution'> & {
+      threads: number;
+      skipped: SkippedImages | null;
+    },
+  ): Promise<Feed>;
+  dispose(): Promise<void>;
+}
+
+/** A configuration checked, and the source of images that it may hold. */
+function resolveInput(input: TrainerInput): { asked: Config; source: DataSource | null } {
+  const data: unknown = input?.data;
+  if (data === null || typeof data !== 'object')
+    return { asked: resolveConfig(input), source: null };
+  const source = data as DataSource;
+  checkDataSource(source);
+  const asked = resolveConfig({ validation: 'none', ...input, data: source.name });
+  for (const [key, value] of [
+    ['validation', 'identities'],
+    ['onBadRecord', 'skip'],
+  ] as const) {
+    if (asked[key] !== value) continue;
+    throw new HardmineError(
+      'ERR_CONFIG',
+      `the configuration's "${key}" is ${value}, which needs a data set on the disk, and "data" is a source: leave ${key} out`,
+    );
+  }
+  return { asked: { ...asked, data: source.name }, source };
+}
+
+function ofSource(source: DataSource, config: Config): Material {
+  return {
+    dataset: null,
+    data: fingerprintOfSource(source),
+    images: source.images,
+    classes: source.identities,
+    heldOut: null,
+    feed: async (session, start) => new SourceFeed(source, session, config, start),
+    dispose: async () => undefined,
+  };
+}
+
+async function ofDataset(config: Config, options: TrainerOptions): Promise<Material> {
+  const dataset = await openDataset(config.data, {
+    cacheDir: join(dirname(config.out), '.hardmine-cache'),
+    ...options,
+  });
+  try {
+    const { train, validation } = splitOf(dataset, config);
+    return {
+      dataset,
+      data: fingerprintOf(dataset),
+      images: train.images.length,
+      classes: train.classes,
+      heldOut: validation,
+      async feed(session, start, { addon, execution, threads, skipped }) {
+        const batches = await dataset.records.batches({
+          images: train.images,
+          labels: train.labels,
+          batch: config.batch,
+          seed: config.seed,
+          mirror: config.augment.flip,
+          crop: config.augment.crop,
+          decodeThreads:
+            addon.backend === 'cpu'
+              ? Math.max(1, Math.round(threads / THREADS_PER_DECODER))
+              : Math.min(16, availableParallelism()),
+          execution: addon.backend === 'cuda' ? execution : null,
+          skip: skipped && { most: skipped.most, known: skipped.known },
+        });
+        await batches.seek(start.epoch, start.step);
+        return ringFeed(session, batches);
+      },
+      dispose: () => dataset.dispose(),
+    };
+  } catch (error) {
+    await dataset.dispose();
+    throw error;
+  }
+}
+
 interface Resumption {
   /** As it was. */
   config: Config;
@@ -781,9 +886,15 @@ function checkSameData(
   );
 }
 
+/** Images of a data set that do not train, and the identity of each. */
+interface HeldOut {
+  images: Int32Array;
+  labels: Int32Array;
+}
+
 interface Split {
   train: { images: Int32Array; labels: Int32Array; classes: number };
-  validation: { images: Int32Array; labels: Int32Array } | null;
+  validation: HeldOut | null;
 }
 
 function splitOf(dataset: Dataset, config: Config): Split {
@@ -795,10 +906,10 @@ function splitOf(dataset: Dataset, config: Config): Split {
 
 /** Held-out images without the damaged ones, which are told of before the first step. */
 async function soundOnly(
-  heldOut: Split['validation'],
+  heldOut: HeldOut | null,
   skipped: SkippedImages,
   news: Parts['news'],
-): Promise<Split['validation']> {
+): Promise<HeldOut | null> {
   if (!heldOut) return null;
   const damaged = await skipped.damagedOf(heldOut.images);
   const { lines, warnings } = skipped.add(damaged, 0);
@@ -814,17 +925,23 @@ async function soundOnly(
 
 async function validationOf(
   config: Config,
-  dataset: Dataset,
-  heldOut: Split['validation'],
+  { dataset }: Material,
+  heldOut: HeldOut | null,
   session: NativeSession,
 ): Promise<Validation | null> {
-  if (heldOut) return heldOutValidation(config, dataset, heldOut, session);
+  if (heldOut && dataset) return heldOutValidation(config, dataset, heldOut, session);
   if (!isPairsFile(config)) return null;
   const { paths, pairs } = await readLfwPairs(config.lfw!, config.validation, '--validation');
   const model = {
     embedding: config.embedding,
-    async embed(images: Uint8Array | string[], { mirror = false } = {}): Promise<Float32Array> {
-      return session.embed(Array.isArray(images) ? await decodeImages(images) : images, mirror);
+    async embed(
+      images: Uint8Array | readonly string[],
+      { mirror = false } = {},
+    ): Promise<Float32Array> {
+      return session.embed(
+        images instanceof Uint8Array ? images : await decodeImages(images),
+        mirror,
+      );
     },
   };
   return { pairs, embed: () => embedForPairs(model, { images: paths }) };
@@ -834,7 +951,7 @@ async function validationOf(
 function heldOutValidation(
   config: Config,
   dataset: Dataset,
-  heldOut: { images: Int32Array; labels: Int32Array },
+  heldOut: HeldOut,
   session: NativeSession,
 ): Validation {
   const drawn = validationPairs(heldOut.labels, { pairs: VALIDATION_PAIRS, seed: config.seed });

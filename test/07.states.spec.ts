@@ -485,6 +485,7 @@ describe('states and methods', function () {
 
   it('Dataset: fresh, in use, disposing, disposed', async () => {
     const calls: Calls<Dataset> = {
+      verify: (dataset) => dataset.verify(),
       dispose: (dataset) => dataset.dispose(),
       [Symbol.asyncDispose]: (dataset) => dataset[Symbol.asyncDispose](),
     };
@@ -499,6 +500,7 @@ describe('states and methods', function () {
     await pending;
     await dataset[Symbol.asyncDispose]();
     assert.equal(await outcomeOf(() => dataset.records.jpeg(0)), 'ERR_DISPOSED');
+    assert.equal(await outcomeOf(() => dataset.verify()), 'ERR_DISPOSED');
   });
 
   it('Trainer: fresh, running, suspended, stopped, failed, done, disposing, disposed', async () => {

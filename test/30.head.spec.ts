@@ -516,7 +516,7 @@ describe('the center loss', () => {
             const input = caseWithLosses(shape, law, gateLoss);
             input.labels.set(labels);
             const { embeddings, weights, bias } = input;
-            const options = { classes, dim, implementation, threads: 2, device: 'cpu' };
+            const options = { classes, dim, implementation, threads: 2, device: 'cpu' as const };
             const plain = await run(input, { base, weighting }, implementation, 2);
             const head = await MarginHead.create({
               ...options,
@@ -572,7 +572,7 @@ describe('the center loss', () => {
   it('moves centers to the last bit alike in two heads', async () => {
     const input = caseWithLosses(shape, lawOf({ base: { kind: 'arcface' } }), gateLoss);
     const centersOf = async () => {
-      const options = { classes, dim, threads: 2, device: 'cpu' };
+      const options = { classes, dim, threads: 2, device: 'cpu' as const };
       const head = await MarginHead.create({
         ...options,
         loss: { base: { kind: 'arcface' }, center: {} },
@@ -592,7 +592,7 @@ describe('the center loss', () => {
   });
 
   it('refuses centers that are not finite, of another length, or where there are none', async () => {
-    const options = { classes: 2, dim: 3, device: 'cpu' };
+    const options = { classes: 2, dim: 3, device: 'cpu' as const };
     const loss: LossSettings = { base: { kind: 'arcface' }, center: {} };
     const head = await MarginHead.create({ ...options, loss });
     const without = await MarginHead.create({ ...options, loss: { base: { kind: 'arcface' } } });
@@ -753,6 +753,7 @@ describe('MarginHead', () => {
       [{ embeddings, weights: weights.slice(1), labels }, /weights has 14 values .* = 15/],
       [{ embeddings, weights, bias: new Float32Array(5), labels }, /only softmax/],
       [{ embeddings, weights, labels: new Int32Array() }, /labels/],
+      // @ts-expect-error: a bias belongs to weights
       [{ embeddings, bias: new Float32Array(5), labels }, /bias was given without weights/],
       [{ embeddings: [...embeddings] as never, weights, labels }, /no Float32Array/],
       [{ embeddings, weights, labels: [0, 1] as never }, /Int32Array/],

@@ -19,7 +19,7 @@ import {
 import type { TensorMap } from '../formats/safetensors.js';
 import { resolveLoss } from '../loss.js';
 import { FaceModel } from '../model.js';
-import { chooseDevice } from '../native.js';
+import { chooseDevice, type DeviceName } from '../native.js';
 import { type ReportPair, writeReport } from '../report/report.js';
 import { readMetrics } from '../train/run-directory.js';
 import { Trainer } from '../trainer.js';
@@ -75,7 +75,7 @@ function settings(epochs: number): Omit<ConfigInput, 'data' | 'out'> {
 
 interface Options extends CommonOptions {
   out: string;
-  device: string;
+  device: DeviceName;
 }
 
 export function demoCommand(): Command {
@@ -229,7 +229,7 @@ type HeldOut = Awaited<ReturnType<typeof heldOutPairs>>;
 /** Takes the weights of an untrained network and then trains it for some seconds to see how fast that is. */
 async function tryOut(
   data: string,
-  device: string,
+  device: DeviceName,
 ): Promise<{ imagesPerSecond: number; untrained: TensorMap }> {
   const { addon, execution } = chooseDevice({ device });
   const dataset = await openDataset(data);
@@ -286,7 +286,7 @@ async function tryOut(
 
 async function evaluateUntrained(
   tensors: TensorMap,
-  device: string,
+  device: DeviceName,
   held: HeldOut,
 ): Promise<PairsResult> {
   const model = await FaceModel.fromTensors(tensors, {}, { device });

@@ -1,9 +1,9 @@
 import { type Command, Option } from 'commander';
-import type { Precision } from '../native.js';
+import type { DeviceName, Precision } from '../native.js';
 import { wholeNumber } from './command.js';
 
 export interface DeviceOptions {
-  device: string;
+  device: DeviceName;
   precision: Precision;
   threads: number;
 }

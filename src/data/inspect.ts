@@ -159,11 +159,10 @@ async function inspectImages(
 /** The native reader decodes every image, at 112x112; the headers of those it refuses are looked at here. */
 async function inspectRecords(
   set: ImageSet,
-  { records }: Dataset,
+  { records, verify }: Dataset,
   options: DataOptions,
 ): Promise<Inspected> {
-  throwIfAborted(options.signal, 'inspecting');
-  const found = await records.verify();
+  const found = await verify(options);
   const sizes = new Sizes();
   sizes.add(SIDE, SIDE, set.count - found.length);
   await mapBounded(found, async ({ index }) => {

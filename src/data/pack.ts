@@ -15,7 +15,7 @@ import { imageListSource } from './image-list.js';
 import { dataError, type ImageSource, withoutIdentities } from './image-source.js';
 import { decodeImage, encodeJpeg, imageInfo, mapBounded, SIDE } from './images.js';
 import { msCelebSource } from './ms-celeb.js';
-import { openPacked, openRecords, recordSource } from './packed-set.js';
+import { openPacked, openRecords, recordSource, verifyRecords } from './packed-set.js';
 import { isDirectory, recognise, type TrainingSet, trainingOnly } from './recognise.js';
 
 /** Images prepared and then written together: enough to keep the decoders busy, small in memory. */
@@ -99,12 +99,10 @@ async function checkImages(
   source: ImageSource,
   options: DataOptions,
 ): Promise<void> {
-  throwIfAborted(options.signal, 'packing');
-  options.onProgress?.({ phase: 'checking', done: 0, total: source.count });
   const records = await openRecords(staged.rec, staged.idx);
   try {
     // The decoder of training has the last word.
-    const damaged = await records.verify();
+    const damaged = await verifyRecords(records, 'packing', options);
     const first = damaged[0];
     if (first !== undefined) {
       throw dataError(
@@ -114,8 +112,6 @@ async function checkImages(
   } finally {
     await records.dispose();
   }
-  throwIfAborted(options.signal, 'packing');
-  options.onProgress?.({ phase: 'checking', done: source.count, total: source.count });
 }
 
 /** Images that are not 112x112: their count and the first, however many they are. */

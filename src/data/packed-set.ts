@@ -3,7 +3,7 @@ import { createHash } from 'node:crypto';
 import { open, stat } from 'node:fs/promises';
 import { packedFiles } from '../formats/recordio.js';
 import { loadAddon, type NativeRecords } from '../native.js';
-import { exists, readFileBounded } from './files.js';
+import { type DataOptions, exists, readFileBounded, throwIfAborted } from './files.js';
 import { dataError, type ImageSource, isPlainName } from './image-source.js';
 
 /** What can be trained on: image folders (LFW's tree is one), RecordIO, MS-Celeb-1M's tables, im2rec's lists. */
@@ -25,13 +25,48 @@ export interface Dataset {
   readonly labels: Int32Array;
   /** Name of each class: the folder's, or the label's number where the set has no names. */
   readonly names: readonly string[];
+  /** The reader beneath: jpeg(index) as stored, decode(indices) to RGB bytes [n, 112, 112, 3]. */
   readonly records: NativeRecords;
+  /**
+   * Reads and decodes every image.
+   * @returns the damaged ones, by their place in `labels`, with the reason
+   * @throws ERR_ABORTED after `signal`, ERR_DISPOSED
+   */
+  verify(options?: DataOptions): Promise<{ index: number; reason: string }[]>;
+  /** Ends work under way and closes the files; may be called twice. */
   dispose(): Promise<void>;
   [Symbol.asyncDispose](): Promise<void>;
 }
 
 export async function openRecords(rec: string, idx: string): Promise<NativeRecords> {
   return (await loadAddon('cpu')).openRecords(rec, idx);
+}
+
+/** Images decoded between two looks at the signal: a tenth of a second's work. */
+const VERIFIED_TOGETHER = 256;
+
+/**
+ * Reads and decodes every image; the damaged ones with the reason.
+ * @param what is stopped when `options.signal` is: 'packing'
+ * @throws ERR_ABORTED
+ */
+export async function verifyRecords(
+  records: NativeRecords,
+  what: string,
+  { onProgress, signal }: DataOptions,
+): Promise<{ index: number; reason: string }[]> {
+  const total = records.images;
+  const damaged = [];
+  throwIfAborted(signal, what);
+  onProgress?.({ phase: 'checking', done: 0, total });
+  for (let done = 0; done < total; ) {
+    const to = Math.min(total, done + VERIFIED_TOGETHER);
+    damaged.push(...(await records.verify(done, to)));
+    done = to;
+    throwIfAborted(signal, what);
+    onProgress?.({ phase: 'checking', done, total });
+  }
+  return damaged;
 }
 
 /** The layout, from the length of the first record: InsightFace's holds two labels and no image. */
@@ -106,6 +141,7 @@ export async function openPacked(
       labels,
       names,
       records,
+      verify: async (options = {}) => verifyRecords(records, 'checking', options),
       dispose,
       [Symbol.asyncDispose]: dispose,
     };

@@ -17,10 +17,13 @@ export interface ScoreModel {
   /** Length of an embedding. */
   readonly embedding: number;
   /**
-   * Raw embeddings, row after row, of `images`: RGB bytes [n, 112, 112, 3] or paths of files;
+   * Raw embeddings, row after row [n, embedding], of `images`: RGB bytes [n, 112, 112, 3] or paths of files;
    * with `mirror` those of their mirror images.
    */
-  embed(images: Uint8Array | string[], options?: { mirror?: boolean }): Promise<Float32Array>;
+  embed(
+    images: Uint8Array | readonly string[],
+    options?: { mirror?: boolean },
+  ): Promise<Float32Array>;
 }
 
 export interface VerificationPair {
@@ -199,7 +202,7 @@ function compare(
 
 export interface EmbedForPairs {
   /** Paths of the images, their RGB bytes [n, 112, 112, 3], or what reads them. */
-  images: string[] | Uint8Array | ImageSource;
+  images: readonly string[] | Uint8Array | ImageSource;
   /** Images a call of the model, 64 by default. */
   batch?: number;
   protocol?: ProtocolName;
@@ -302,7 +305,7 @@ export function noteMissing(
 export const pixelSimilarity: ScoreModel = {
   embedding: PIXEL_BYTES,
   async embed(images, { mirror = false } = {}) {
-    const pixels = Array.isArray(images) ? await decodeImages(images) : images;
+    const pixels = images instanceof Uint8Array ? images : await decodeImages(images);
     const embeddings = new Float32Array(pixels.length);
     for (let start = 0; start < pixels.length; start += PIXEL_BYTES) {
       let sum = 0;
@@ -320,9 +323,9 @@ export const pixelSimilarity: ScoreModel = {
   },
 };
 
-function sourceOf(images: string[] | Uint8Array | ImageSource): ImageSource {
+function sourceOf(images: readonly string[] | Uint8Array | ImageSource): ImageSource {
   if (images instanceof Uint8Array) return new PixelImages(images);
-  return Array.isArray(images) ? new ImageFiles(images) : images;
+  return 'read' in images ? images : new ImageFiles(images);
 }
 
 function isRow(row: number, rows: number): boolean {

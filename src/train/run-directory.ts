@@ -25,22 +25,29 @@ const SKIPPED_COLUMNS = ['step', 'file', 'key', 'identity', 'reason'] as const;
 export interface MetricsLine {
   /** Steps done in all. */
   step: number;
+  /** The epoch that they belong to, from 1. */
   epoch: number;
   /** Seconds of training so far. */
   time: number;
+  /** Means over the steps since the last line: weighted loss with the center loss, and base loss. */
   loss: number;
   baseLoss: number;
+  /** Share of the samples whose greatest logit before the margin is their class's. */
   accuracy: number;
+  /** Learning rate of the last step. */
   lr: number;
   imagesPerSecond: number;
   /** Shares of the samples by dHM/dL: below 0.1, between, above 1. */
   silenced: number;
   kept: number;
   amplified: number;
-  /** Between embeddings of different identities. */
+  /** Between embeddings of different identities, -1 to 1. */
   meanCosine: number;
+  /** Mean length of the embeddings. */
   embeddingNorm: number;
+  /** Share of the margin in force, 0 to 1, of the last step. */
   marginFactor: number;
+  /** A-Softmax's lambda at the last step; 0 with other losses. */
   lambda: number;
 }
 

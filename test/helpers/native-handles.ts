@@ -158,6 +158,12 @@ export function handleKinds(
       },
       calls: {
         train: ([batches]) => [batches, [STEP]],
+        trainOwn: () => [
+          new Uint8Array(BATCH * IMAGE_BYTES),
+          new Int32Array(BATCH),
+          { seed: 1, mirror: true, crop: 1, epoch: 1, first: 0 },
+          STEP,
+        ],
         cancel: () => [],
         stepsDone: () => [],
         embed: () => [image, false],
@@ -178,7 +184,7 @@ export function handleKinds(
       calls: {
         jpeg: () => [0],
         decode: () => [new Uint32Array([1, 0])],
-        verify: () => [],
+        verify: () => [0, 1],
         batches: () => [
           {
             images: new Int32Array([0, 1]),

@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import type { ConfigInput } from '../../src/config.js';
 import { openDataset } from '../../src/data/dataset.js';
 import { generateFaces } from '../../src/data/generated-faces.js';
-import { Trainer, type TrainerEvent } from '../../src/trainer.js';
+import { Trainer, type TrainerEvent, type TrainerInput } from '../../src/trainer.js';
 
 /** 12 people with 8 images each: 12 steps of 8 images an epoch. */
 export const PEOPLE = 12;
@@ -32,7 +32,7 @@ export function smallConfig(data: string, out: string): ConfigInput {
 
 /** Runs to the end, or until `stopAt` says so of an event; returns what happened. */
 export async function runTraining(
-  config: ConfigInput,
+  config: TrainerInput,
   stopAt: (event: TrainerEvent) => boolean = () => false,
 ): Promise<{ events: TrainerEvent[]; error: unknown }> {
   const trainer = await Trainer.create(config);
