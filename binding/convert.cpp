@@ -301,6 +301,11 @@ Napi::Object from_stats(Napi::Env env, const StepStats& stats) {
   set("amplified", static_cast<double>(stats.amplified));
   set("meanCosine", stats.mean_cosine);
   set("embeddingNorm", stats.embedding_norm);
+  const auto hardest = Napi::Object::New(env);
+  hardest.Set("image", Napi::Number::New(env, static_cast<double>(stats.hardest.source)));
+  hardest.Set("baseLoss", Napi::Number::New(env, stats.hardest.base_loss));
+  hardest.Set("gradientWeight", Napi::Number::New(env, stats.hardest.gradient_weight));
+  object.Set("hardest", hardest);
   return object;
 }
 

@@ -58,6 +58,14 @@ struct StepSettings {
   float lambda = 0;  // A-Softmax annealing, replaces MarginLaw::lambda
 };
 
+// The row of a step with the highest base loss; of equal ones the first.
+struct HardestRow {
+  int64_t row = 0;
+  int64_t source = -1;  // its Batch::sources; -1: not known
+  double base_loss = 0;
+  double gradient_weight = 0;  // dHM/dL
+};
+
 // Figures of one step, over the rows of this rank.
 struct StepStats {
   double loss = 0;       // mean weighted loss plus the center loss: what the gradient is of
@@ -67,6 +75,7 @@ struct StepStats {
   int64_t silenced = 0, kept = 0, amplified = 0;  // dHM/dL < 0.1, between, > 1
   double mean_cosine = 0;     // between embeddings of different identities; near 1 is collapse
   double embedding_norm = 0;  // mean ||x||
+  HardestRow hardest;
 };
 
 // Rows of a margin head: embeddings [rows, dim] and labels [rows], on the host.

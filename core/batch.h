@@ -21,6 +21,8 @@ struct Batch {
   const int32_t* labels = nullptr;              // [size] class of each image
   const Augmentation* augmentations = nullptr;  // [size]
   int64_t size = 0;
+  const int64_t* sources =
+      nullptr;  // [size] number of each image in what it was read from, or null
 };
 
 // Yields batches in an order that depends on the seed and the position alone.

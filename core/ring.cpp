@@ -128,7 +128,7 @@ class DecodeRing final : public BatchRing {
     if (slot.failure.code != nullptr) throw Error(slot.failure.code, slot.failure.message);
     take_skips(slot);
     ++position_;
-    return {slot.images, slot.labels, slot.augmentations, spec_.batch};
+    return {slot.images, slot.labels, slot.augmentations, spec_.batch, slot.sources.data()};
   }
 
   void seek(int64_t epoch, int64_t step) override {
@@ -185,8 +185,9 @@ class DecodeRing final : public BatchRing {
     uint8_t* images = nullptr;
     int32_t* labels = nullptr;
     Augmentation* augmentations = nullptr;
-    int64_t missing = 0;  // rows not decoded yet
-    Failure failure;      // of the lowest row that failed
+    std::vector<int64_t> sources;  // RecordFile's index of each row
+    int64_t missing = 0;           // rows not decoded yet
+    Failure failure;               // of the lowest row that failed
     std::vector<Skip> skips;
   };
 
@@ -222,6 +223,7 @@ class DecodeRing final : public BatchRing {
       slot.images = static_cast<uint8_t*>(blocks_[index]);
       slot.labels = reinterpret_cast<int32_t*>(slot.images + rows * kImageBytes);
       slot.augmentations = reinterpret_cast<Augmentation*>(slot.labels + rows);
+      slot.sources.resize(rows);
     }
 
    private:
@@ -377,7 +379,7 @@ class DecodeRing final : public BatchRing {
 
   // False: nothing sound was found for the row, and `outcome` says why.
   bool fill_row(const Claim& claim, int64_t row, std::vector<uint8_t>& joined, Outcome& outcome) {
-    const Slot& slot = slot_of(claim.sequence);
+    Slot& slot = slot_of(claim.sequence);
     const std::vector<int64_t>& order = claim.order->rows;
     const size_t place = static_cast<size_t>(claim.step * spec_.batch + row);
     // One more than may be skipped settles it: next() refuses the batch.
@@ -390,6 +392,7 @@ class DecodeRing final : public BatchRing {
         decode_jpeg(jpeg, records_->describe(image),
                     slot.images + static_cast<size_t>(row) * kImageBytes);
         slot.labels[row] = spec_.labels[at];
+        slot.sources[static_cast<size_t>(row)] = image;
         slot.augmentations[row] =
             draw_augmentation(spec_.seed, spec_.mirror, spec_.crop, claim.epoch, image);
         return true;

@@ -375,6 +375,9 @@ StepStats HeadBase::step(const HeadInput& input, const StepSettings& settings,
     stats.base_loss += losses_[i] / static_cast<double>(rows);
     stats.embedding_norm += rows_[i].norm / static_cast<double>(rows);
     stats.correct += rows_[i].correct ? 1 : 0;
+    if (i == 0 || losses_[i] > stats.hardest.base_loss) {
+      stats.hardest = {.row = i, .base_loss = losses_[i], .gradient_weight = factors_[i]};
+    }
     switch (gate_of(factors_[i])) {
       case Gate::silenced:
         ++stats.silenced;

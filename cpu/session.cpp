@@ -117,10 +117,11 @@ class CpuSession : public TrainingSession {
     }
     folded_stale_ = true;
     const std::span<const float> embeddings = network_.forward(batch.images, batch.augmentations);
-    const StepStats stats =
+    StepStats stats =
         head_step({embeddings, {batch.labels, static_cast<size_t>(batch.size)}}, settings);
     network_.backward(grad_embeddings_);
     network_.update(settings);
+    if (batch.sources != nullptr) stats.hardest.source = batch.sources[stats.hardest.row];
     return stats;
   }
 

@@ -595,7 +595,10 @@ StepStats stats_of(const StepRecord& record, int64_t rows) {
           .kept = record.kept,
           .amplified = record.amplified,
           .mean_cosine = record.mean_cosine,
-          .embedding_norm = record.embedding_norm};
+          .embedding_norm = record.embedding_norm,
+          .hardest = {.row = record.hardest_row,
+                      .base_loss = record.hardest_loss,
+                      .gradient_weight = record.hardest_weight}};
 }
 
 }  // namespace hardmine::cuda

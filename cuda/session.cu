@@ -63,6 +63,7 @@ class CudaSession : public TrainingSession {
     }
     r.head = make_device_head(head, execution.precision);
     take_memory();
+    sources_.resize(kRingSteps * static_cast<size_t>(batch_));
     prepare();
     initialise(seed);
 
@@ -98,7 +99,8 @@ class CudaSession : public TrainingSession {
       const size_t most = std::min(settings.size() - done, kRingSteps);
       size_t enqueued = 0;
       while (enqueued < most && !cancelled.load(std::memory_order_relaxed)) {
-        enqueue_step(r.slots[enqueued % r.slots.size()], source, settings[done + enqueued]);
+        enqueue_step(r.slots[enqueued % r.slots.size()], source, settings[done + enqueued],
+                     sources_of(enqueued));
         ++enqueued;
       }
       read_figures(enqueued, stats.subspan(done, enqueued));
@@ -260,7 +262,14 @@ class CudaSession : public TrainingSession {
     r.network->update(slot.parameters);
   }
 
-  void enqueue_step(Slot& slot, BatchSource& source, const StepSettings& settings) {
+  // Batch::sources of a step that is under way, which the batch itself does not outlive.
+  std::span<int64_t> sources_of(size_t step) {
+    const auto rows = static_cast<size_t>(batch_);
+    return std::span(sources_).subspan(step * rows, rows);
+  }
+
+  void enqueue_step(Slot& slot, BatchSource& source, const StepSettings& settings,
+                    std::span<int64_t> sources) {
     Resources& r = *resources_;
     require_step_settings(head_spec_, settings);
     // The slot's last batch has been copied, so the source may give its memory away and ours may be
@@ -275,6 +284,11 @@ class CudaSession : public TrainingSession {
     const auto rows = static_cast<size_t>(batch_);
     require_labels({batch.labels, rows}, head_spec_.classes);
     std::copy_n(batch.labels, rows, slot.host_labels.data());
+    if (batch.sources == nullptr) {
+      std::fill(sources.begin(), sources.end(), -1);
+    } else {
+      std::copy_n(batch.sources, rows, sources.begin());
+    }
     if (batch.augmentations == nullptr) {
       std::fill_n(slot.host_augmentations.data(), rows, Augmentation{});
     } else {
@@ -307,6 +321,7 @@ class CudaSession : public TrainingSession {
       const StepRecord& record = r.host_records[i];
       if (record.non_finite > 0) throw_non_finite();
       stats[i] = stats_of(record, batch_);
+      stats[i].hardest.source = sources_of(i)[static_cast<size_t>(record.hardest_row)];
     }
     const LossScale scale = r.network->loss_scale();
     if (scale.non_finite != 0) throw_non_finite();
@@ -345,7 +360,8 @@ class CudaSession : public TrainingSession {
   HeadSpec head_spec_;
   int64_t batch_;
   std::optional<Resources> resources_;
-  int skipped_ = 0;  // steps that fp16 has skipped so far
+  int skipped_ = 0;               // steps that fp16 has skipped so far
+  std::vector<int64_t> sources_;  // [kRingSteps, batch]
   std::vector<TensorInfo> tensors_;
 };
 

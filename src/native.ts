@@ -111,6 +111,8 @@ export interface NativeStepStats {
   amplified: number;
   meanCosine: number;
   embeddingNorm: number;
+  /** The row with the highest base loss; `image` is its index in the records, -1 where there are none. */
+  hardest: { image: number; baseLoss: number; gradientWeight: number };
 }
 
 export interface NativeDevice {

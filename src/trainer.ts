@@ -1,7 +1,7 @@
 /** Training as an async iterator of typed events: thin, the work is native. */
 import { createHash } from 'node:crypto';
 import { availableParallelism } from 'node:os';
-import { dirname, join } from 'node:path';
+import { basename, dirname, join } from 'node:path';
 import {
   type Config,
   type ConfigInput,
@@ -11,7 +11,7 @@ import {
   resolveConfig,
 } from './config.js';
 import { type DataProgress, type Dataset, openDataset } from './data/dataset.js';
-import { exists, throwIfAborted } from './data/files.js';
+import { throwIfAborted } from './data/files.js';
 import { decodeImages } from './data/images.js';
 import { splitIdentities, validationPairs } from './data/split.js';
 import { HardmineError } from './errors.js';
@@ -63,7 +63,14 @@ import {
   type WarningKind,
 } from './train/health.js';
 import { type MetricsLine, RunDirectory, type SkippedLine } from './train/run-directory.js';
-import { writeRunReport } from './train/run-report.js';
+import { ifSound, type RunStatus, readStatus, scoresFile } from './train/run-files.js';
+import {
+  faceFiles,
+  type Progress as ReportedProgress,
+  RunReport,
+  reportFace,
+  type ValidationShown,
+} from './train/run-report.js';
 import { stepSettings, stepsPerCall } from './train/schedule.js';
 import { SkippedImages } from './train/skipped.js';
 
@@ -164,8 +171,8 @@ export interface TrainingPlan {
 /** An estimate tries the first step, which is slower, and then goes on for this long. */
 const ESTIMATE_MS = 3000;
 
-/** Pairs that choose `best`, and how to embed their images. */
-interface Validation {
+/** Pairs that choose `best`, how to embed their images, and how to show them. */
+interface Validation extends Pick<ValidationShown, 'dataset' | 'rows' | 'face'> {
   pairs: readonly VerificationPair[];
   embed(): Promise<Float32Array>;
 }
@@ -223,6 +230,7 @@ export class Trainer {
   private checkpointed: { step: number; path: string } | null = null;
   private readonly disposal = new AbortController();
   private readonly health: Health;
+  private report: RunReport | null = null;
 
   private constructor(private readonly parts: Parts) {
     this.config = parts.config;
@@ -374,11 +382,19 @@ export class Trainer {
     const cancel = () => feed.cancel();
     signal?.addEventListener('abort', cancel);
     const { signal: disposed } = this.disposal;
+    let finished = false;
     try {
-      await directory.open(config, this.step);
+      const earlier = await directory.open(config, this.step);
       await removeStale(directory.checkpoints);
+      finished = this.step === plan.totalSteps && (await this.wasFinished());
+      if (finished) {
+        yield* this.parts.news;
+        return;
+      }
       // Of a run that was finished and goes on for more epochs.
-      if (this.step < plan.totalSteps) await directory.remove(['evaluation.json', 'report.html']);
+      await directory.remove(['evaluation.json', scoresFile('lfw'), scoresFile('ytf')]);
+      this.report = this.makeReport();
+      await this.report.resume(earlier, this.validations);
       if (this.parts.skipped) await directory.writeSkipped(this.parts.skipped.lines);
       yield* this.parts.news;
       this.startedMs = performance.now();
@@ -395,10 +411,13 @@ export class Trainer {
         yield* this.trainSome();
       }
       yield* this.finish(signal ? AbortSignal.any([signal, disposed]) : disposed);
+      finished = true;
     } catch (error) {
       throw disposed.aborted ? disposedError(error) : error;
     } finally {
       signal?.removeEventListener('abort', cancel);
+      // What ended the run early is what there is to tell.
+      if (!finished) await this.report?.end(this.progress('stopped')).catch(() => undefined);
       await feed.dispose();
       await directory.close();
       if (this.state === 'running') this.state = 'done';
@@ -451,6 +470,7 @@ export class Trainer {
     this.state = 'disposed';
     this.disposal.abort();
     const { feed, session, dataset, directory } = this.parts;
+    await this.report?.settle();
     await session.dispose();
     await feed.dispose();
     await dataset?.dispose();
@@ -499,7 +519,9 @@ export class Trainer {
       stepSettings(config, first + i, stepsPerEpoch),
     );
     const startMs = performance.now();
-    const stats = await this.trainSteps(settings);
+    const training = this.trainSteps(settings);
+    this.report?.tick(this.progress('running')); // while the device works
+    const stats = await training;
     const done = stats.length;
     if (done === 0) return; // cancelled before the first step
     const callMs = performance.now() - startMs;
@@ -521,8 +543,10 @@ export class Trainer {
       lambda: last.lambda,
     };
     await directory.append(line, rows);
+    this.report?.step(line, stats);
     yield { type: 'step', ...line };
     yield* this.skips();
+    yield* this.reportFailure();
     if (first === 0) yield* this.checkFirst(stats[0]!, settings[0]!.marginFactor);
     for (const warning of [
       ...this.health.observeSteps(stats, first + 1),
@@ -596,6 +620,7 @@ export class Trainer {
     const { config, directory, session, validation } = this.parts;
     const mean = meanProgress(this.epochParts);
     this.epochParts = [];
+    this.report?.endEpoch();
     yield {
       type: 'epoch',
       epoch,
@@ -640,6 +665,7 @@ export class Trainer {
     const cosines = result.details.distances.map((distance) => 1 - distance / 2);
     const best = this.validations.every((earlier) => accuracy > earlier.accuracy);
     this.validations.push({ epoch, step: this.step, accuracy });
+    await this.report?.validated({ epoch, result, ...validation }, best);
     return {
       type: 'validation',
       epoch,
@@ -697,22 +723,67 @@ export class Trainer {
 
   /** LFW and YouTube Faces, once, by the best model, and the report. */
   private async *finish(signal: AbortSignal): AsyncGenerator<TrainerEvent, void, void> {
-    const { config, directory, environment } = this.parts;
+    const { config, directory } = this.parts;
     if (this.checkpointed?.step !== this.step) yield await this.checkpoint();
     if (this.disposal.signal.aborted) throw disposedError();
-    // Written last: where it stands, the run is finished.
-    if (await exists(directory.file('report.html'))) return;
     const model = directory.file('best.safetensors');
     const evaluations: FinalResult[] = [];
+    this.report?.tick(this.progress('running'));
     for await (const result of evaluateBest(model, config, signal)) {
       evaluations.push(result);
       await directory.writeJson('evaluation.json', evaluationFigures(evaluations, model));
       await directory.scalars(this.step, { [`${result.dataset}/accuracy`]: result.accuracy.mean });
+      await this.report?.evaluated(result);
       yield { type: 'evaluation', result, model };
+      this.report?.tick(this.progress('running'));
     }
-    const { validations, seconds } = this;
-    await writeRunReport(directory, { config, environment, validations, seconds, evaluations });
+    // Its status is written last: where that says so, the run is finished.
+    await this.report?.end(this.progress('finished'));
   }
+
+  /** Whether the run that is taken up was trained and evaluated to its end. */
+  private async wasFinished(): Promise<boolean> {
+    const status = await ifSound(readStatus(this.parts.directory.file('status.json')));
+    return status?.state === 'finished' && status.step === this.step;
+  }
+
+  private makeReport(): RunReport {
+    const { config, plan, directory, environment, dataset } = this.parts;
+    return new RunReport({
+      directory,
+      config,
+      environment,
+      summary: describeRun(config, plan),
+      totalSteps: plan.totalSteps,
+      face:
+        dataset &&
+        ((image) =>
+          reportFace(dataset.names[dataset.labels[image]!]!, () => dataset.records.jpeg(image))),
+    });
+  }
+
+  private progress(state: RunStatus['state']): ReportedProgress {
+    const { step, validations, seconds } = this;
+    const epoch = Math.min(this.position.epoch, this.parts.config.epochs);
+    return { state, step, epoch, seconds, validations };
+  }
+
+  /** A page that cannot be written ends no training. */
+  private *reportFailure(): Iterable<WarningEvent> {
+    const failure = this.report?.takeFailure();
+    if (failure) {
+      const reason = failure instanceof Error ? failure.message : String(failure);
+      yield { type: 'warning', kind: 'report', message: `the report falls behind: ${reason}` };
+    }
+  }
+}
+
+/** What is trained and on what, in a sentence. */
+function describeRun(config: Config, plan: TrainingPlan): string {
+  const { loss, weighting, network, epochs, batch } = config;
+  const over = weighting.kind === 'none' ? '' : ` with ${weighting.kind}`;
+  const held = plan.heldOutImages > 0 ? ` (${plan.heldOutImages} more held out)` : '';
+  return `${network} by ${loss}${over}: ${plan.images} images of ${plan.identities} people${held}, ${epochs} epochs of ${plan.stepsPerEpoch} steps with ${batch} images each, on ${plan.device} in ${plan.precision}.`;
 }
 
 function disposedError(cause?: unknown): HardmineError {
@@ -932,6 +1003,7 @@ async function validationOf(
   if (heldOut && dataset) return heldOutValidation(config, dataset, heldOut, session);
   if (!isPairsFile(config)) return null;
   const { paths, pairs } = await readLfwPairs(config.lfw!, config.validation, '--validation');
+  const rows = paths.map((path) => basename(path));
   const model = {
     embedding: config.embedding,
     async embed(
@@ -944,7 +1016,13 @@ async function validationOf(
       );
     },
   };
-  return { pairs, embed: () => embedForPairs(model, { images: paths }) };
+  return {
+    pairs,
+    dataset: basename(config.validation),
+    rows,
+    face: faceFiles(paths),
+    embed: () => embedForPairs(model, { images: paths }),
+  };
 }
 
 /** Pairs of held-out identities; only images that a pair names are embedded. */
@@ -984,7 +1062,16 @@ function heldOutValidation(
     }
     return embeddings;
   };
-  return { pairs, embed };
+  const { labels, names, records } = dataset;
+  const rowNames = Array.from(
+    indices,
+    (index) => `${records.keys[index]} ${names[labels[index]!]}`,
+  );
+  const face = (row: number) => {
+    const index = indices[row]!;
+    return reportFace(names[labels[index]!]!, () => records.jpeg(index));
+  };
+  return { pairs, dataset: 'held-out people', rows: rowNames, face, embed };
 }
 
 /** What the bits of a run depend on besides its configuration. */

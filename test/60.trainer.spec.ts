@@ -346,6 +346,9 @@ describe('training', function () {
       'last.safetensors',
       'metrics.jsonl',
       'report.html',
+      'scores-lfw.json',
+      'scores-validation.json',
+      'status.json',
     ]);
     const { out: _, ...written } = JSON.parse(
       await readFile(join(out('full'), 'config.json'), 'utf8'),

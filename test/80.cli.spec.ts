@@ -110,7 +110,7 @@ describe('command line', function () {
       'verify',
       'export',
     ];
-    for (const command of [...commands, 'plot-loss', 'bench', 'demo']) {
+    for (const command of [...commands, 'report', 'plot-loss', 'bench', 'demo']) {
       assert.match(stdout, new RegExp(`^  ${command} `, 'm'));
     }
     for (const command of ['train', 'verify']) {
@@ -201,6 +201,19 @@ describe('command line', function () {
       const { code, stderr } = await hardmine('train', '--resume', '--out', at('run'));
       assert.equal(code, 0, stderr);
       assert.match(stderr, /is finished/);
+    });
+
+    it('compares runs in one page, and names a folder that holds none', async () => {
+      const out = at('comparison.html');
+      const folders = [at('run'), at('run', '.')];
+      assert.deepEqual(await json('report', ...folders, '--out', out), { out, runs: folders });
+      const page = await readFile(out, 'utf8');
+      assert.match(page, /<caption>\d+ pairs of held-out people<\/caption>/);
+      // The same decisions twice: nothing to tell apart, and no setting that differs.
+      assert.match(page, /<td>0<\/td><td>0<\/td><td>1\.0000 \(exact\)<\/td><td>not decided</);
+      assert.match(page, /<h2>What was set otherwise<\/h2>\n<p>Nothing/);
+      const complaintOfNone = await complaint(2, 'report', at('people'), '--out', out);
+      assert.match(complaintOfNone, /people holds no run that has begun .*train/);
     });
 
     it('embeds images into a NumPy array, in order', async () => {

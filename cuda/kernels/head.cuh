@@ -77,7 +77,9 @@ struct StepRecord {
   double mean_cosine;      // between embeddings of different identities
   double embedding_norm;   // mean ||x||
   int correct, silenced, kept, amplified;
-  int non_finite;  // rows whose loss is NaN or infinite: then no class weight changes
+  int non_finite;   // rows whose loss is NaN or infinite: then no class weight changes
+  int hardest_row;  // with the highest base loss; of equal ones the first
+  float hardest_loss, hardest_weight;
 };
 
 // Step `steps` (counted from 0 by the head itself) writes records[steps % size].
@@ -444,6 +446,8 @@ static __global__ void __launch_bounds__(kMostFinishThreads) finish_rows(FinishA
   struct MeanTag {};
   struct SumTag {};
   struct MaxTag {};
+  struct HardestTag {};
+  struct RowTag {};
   enum : uint8_t { kCosines, kLoss, kNorm, kCorrect, kSilenced, kAmplified, kNonFinite, kSums };
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   double base_sum = 0;
@@ -470,9 +474,15 @@ static __global__ void __launch_bounds__(kMostFinishThreads) finish_rows(FinishA
   const bool batch = weighting.reduction == Reduction::batch;
   const float batch_ratio = weighting_ratio(static_cast<float>(mean), weighting);
   const float batch_factor = weight_loss(static_cast<float>(mean), weighting).gradient_weight;
-  float largest = 0;  // coefficient times the largest coordinate it may meet
+  float largest = 0;   // coefficient times the largest coordinate it may meet
+  float hardest = -1;  // no base loss is below 0
+  int hardest_row = 0;
   for (int row = thread; row < a.rows; row += threads) {
     const float loss = a.base_loss[row];
+    if (loss > hardest) {
+      hardest = loss;
+      hardest_row = row;
+    }
     const WeightedLoss<float> weighted = batch
                                              ? WeightedLoss<float>{loss * batch_ratio, batch_factor}
                                              : weight_loss(loss, weighting);
@@ -491,6 +501,10 @@ static __global__ void __launch_bounds__(kMostFinishThreads) finish_rows(FinishA
   for (int i = thread; i < a.similarity_parts; i += threads)
     sums[kCosines] += a.similarity[i].cosines;
   largest = block_max<MaxTag>(largest);
+  const float highest = block_max<HardestTag>(hardest);
+  // The lowest row of those that have it: float is exact up to 2^24 rows.
+  const auto row_of_highest = static_cast<int>(-block_max<RowTag>(
+      hardest == highest ? -static_cast<float>(hardest_row) : -std::numeric_limits<float>::max()));
   block_sums<SumTag>(sums);
   if (thread != 0) return;
   const double pairs = a.similarity[0].pairs;
@@ -504,7 +518,10 @@ static __global__ void __launch_bounds__(kMostFinishThreads) finish_rows(FinishA
       count(kSilenced),
       a.rows - count(kSilenced) - count(kAmplified),
       count(kAmplified),
-      count(kNonFinite)};
+      count(kNonFinite),
+      row_of_highest,
+      highest,
+      batch ? batch_factor : weight_loss(highest, weighting).gradient_weight};
   ++*a.ring.steps;
   *a.non_finite = count(kNonFinite);
   int exponent = 0;

@@ -12,7 +12,6 @@ import {
   evaluatePairs,
   type PairsResult,
   pixelSimilarity,
-  type ScoredPair,
   type ScoreModel,
   type VerificationPair,
 } from '../evaluate/pairs.js';
@@ -20,8 +19,10 @@ import type { TensorMap } from '../formats/safetensors.js';
 import { resolveLoss } from '../loss.js';
 import { FaceModel } from '../model.js';
 import { chooseDevice, type DeviceName } from '../native.js';
-import { type ReportPair, writeReport } from '../report/report.js';
+import { timeText } from '../report/page.js';
+import { writeReport } from '../report/report.js';
 import { readMetrics } from '../train/run-directory.js';
+import { reportFace, reportFaces } from '../train/run-report.js';
 import { Trainer } from '../trainer.js';
 import {
   type CommonOptions,
@@ -46,8 +47,6 @@ const IMAGES_PER_IDENTITY = { least: 6, most: 24 };
 const FEWEST_EPOCHS = 2;
 /** How long the speed is measured. */
 const TRY_OUT_MS = 4000;
-/** Pairs of each kind that the report shows. */
-const SHOWN = 6;
 
 const BATCH = 32;
 
@@ -148,17 +147,14 @@ async function demo(options: Options): Promise<void> {
     ];
     await writeReport(join(out, 'report.html'), {
       title: 'Demo: HM-ArcFace on generated faces',
-      created: new Date().toISOString(),
+      created: timeText(new Date()),
       config: run.config,
       environment: run.environment,
       metrics: await readMetrics(join(out, 'run', 'metrics.jsonl')),
       trainingSeconds: run.seconds,
       evaluatedOn: `${trained.pairs} pairs of ${TEST.identities} people never trained on`,
       evaluations,
-      hardest: {
-        impostors: await held.show(trained.details.hardestImpostors),
-        genuine: await held.show(trained.details.hardestGenuine),
-      },
+      hardest: await reportFaces(trained, held.face),
     });
     if (options.json) {
       output.json({
@@ -202,24 +198,11 @@ async function heldOutPairs(test: Dataset) {
     }),
   );
   const images = await test.records.decode(Int32Array.from(test.labels.keys()));
-  const face = async (row: number) => ({
-    label: test.names[test.labels[row]!]!,
-    jpeg: await test.records.jpeg(row),
-  });
   return {
+    face: (row: number) => reportFace(test.names[test.labels[row]!]!, () => test.records.jpeg(row)),
     async evaluate(model: ScoreModel): Promise<PairsResult> {
       const embeddings = await embedForPairs(model, { images });
       return evaluatePairs({ embeddings, dim: model.embedding, pairs });
-    },
-    show(worst: readonly ScoredPair[]): Promise<ReportPair[]> {
-      return Promise.all(
-        worst.slice(0, SHOWN).map(async ({ a, b, distance, wrong }) => ({
-          a: await face(a),
-          b: await face(b),
-          distance,
-          wrong,
-        })),
-      );
     },
   };
 }

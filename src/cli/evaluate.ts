@@ -15,8 +15,9 @@ import { PROTOCOLS, type ProtocolName } from '../evaluate/protocols.js';
 import { type McNemar, mcnemar } from '../evaluate/statistics.js';
 import { AGGREGATES, type Aggregate, evaluateYtf, type YtfResult } from '../evaluate/ytf.js';
 import { FaceModel } from '../model.js';
+import { timeText } from '../report/page.js';
 import { type ReportFace, writeReport } from '../report/report.js';
-import { faceFiles, pairsOf, reportFaces } from '../train/run-report.js';
+import { faceFiles, pairsOf, reportFace, reportFaces } from '../train/run-report.js';
 import {
   type CommonOptions,
   makeCommand,
@@ -242,7 +243,7 @@ function verify(path: string, dataset: Dataset, work: Work): Promise<Verified[]>
     const result = await evaluateBin(model, { path: options.bin!, ...common });
     const name = basename(options.bin!);
     const { images } = result.details;
-    const face = async (row: number) => ({ label: `${name}, image ${row}`, jpeg: images[row]! });
+    const face = (row: number) => reportFace(`${name}, image ${row}`, async () => images[row]!);
     return [{ key: 'bin', result, face }];
   });
 }
@@ -281,7 +282,7 @@ async function report(
   const { result, face } = first!;
   await writeReport(path, {
     title: `${options.model} on ${result.dataset}`,
-    created: new Date().toISOString(),
+    created: timeText(new Date()),
     config: settingsOf(options),
     environment: {},
     metrics: [],

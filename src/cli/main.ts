@@ -12,6 +12,7 @@ import { exportCommand } from './export.js';
 import { inspectCommand } from './inspect.js';
 import { packCommand } from './pack.js';
 import { plotLossCommand } from './plot-loss.js';
+import { reportCommand } from './report.js';
 import { reproduceCommand } from './reproduce.js';
 import { trainCommand } from './train.js';
 import { verifyCommand } from './verify.js';
@@ -38,6 +39,7 @@ function makeProgram(): Command {
     embedCommand(),
     verifyCommand(),
     exportCommand(),
+    reportCommand(),
     reproduceCommand(),
     plotLossCommand(),
     benchCommand(),

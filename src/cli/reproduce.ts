@@ -3,6 +3,7 @@ import type { Command } from 'commander';
 import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { writeExperimentReport } from '../report/experiment-report.js';
+import { timeText } from '../report/page.js';
 import {
   EVALUATION_SETS,
   type Experiment,
@@ -155,5 +156,5 @@ async function writeResult(
     metrics.set(row, await readMetrics(join(folder, 'metrics.jsonl')));
   }
   const report = join(out, 'report.html');
-  await writeExperimentReport(report, result, metrics, new Date().toISOString());
+  await writeExperimentReport(report, result, metrics, timeText(new Date()));
 }

@@ -14,6 +14,8 @@ const MAX_FILE_BYTES = 64 * 2 ** 20;
 const MAX_PIXELS = 16 * 2 ** 20;
 /** 64 megapixels: what cameras make today; decoded, such a photograph takes 192 MB. */
 const MAX_PHOTOGRAPH_PIXELS = 64 * 2 ** 20;
+/** A face of 112x112 pixels takes about 3 KB and shows no blocks. */
+const THUMBNAIL_QUALITY = 80;
 /** Images in work at a time: libuv's pool has four threads, and twice that keeps them busy. */
 const IN_FLIGHT = 8;
 
@@ -142,6 +144,24 @@ export const encodeJpeg = ({ pixels, width, height }: Pixels): Promise<Buffer> =
   sharp(pixels, { raw: { width, height, channels: 3 } })
     .jpeg({ quality: 100, chromaSubsampling: '4:4:4' })
     .toBuffer();
+
+/**
+ * A picture for a page: a JPEG of at most 112 pixels a side without what else the file carries.
+ * @throws ERR_DATA for what is no JPEG or PNG, is damaged or larger than 16 megapixels
+ */
+export async function thumbnail(bytes: Buffer, name: string): Promise<Buffer> {
+  try {
+    return await openImage(bytes, name)
+      .autoOrient()
+      .resize(SIDE, SIDE, { fit: 'inside', withoutEnlargement: true })
+      .toColourspace('srgb')
+      .flatten()
+      .jpeg({ quality: THUMBNAIL_QUALITY })
+      .toBuffer();
+  } catch (error) {
+    throw undecodable(name, error);
+  }
+}
 
 /**
  * Decodes 112x112 JPEG or PNG files.

@@ -39,13 +39,23 @@ const WIDTH = 390;
 const HEIGHT = 250;
 /** Of the two charts that carry the result. */
 const TALL = 290;
-const SERIES_COLOURS = [1, 2, 3, 0] as const;
+export const SERIES_COLOURS = [1, 2, 3, 0] as const;
 /** Bars of a histogram: about the square root of LFW's 3,000 pairs of each kind. */
 const BINS = 50;
 /** A learning rate that spans more than this is drawn by powers of ten. */
 const LOG_SPAN = 15;
 
-type Figure = Exclude<keyof MetricsLine, 'step' | 'epoch'>;
+export const FIGURES = [
+  'loss',
+  'baseLoss',
+  'accuracy',
+  'lr',
+  'imagesPerSecond',
+  'silenced',
+  'kept',
+  'amplified',
+] as const satisfies readonly (keyof MetricsLine)[];
+export type Figure = (typeof FIGURES)[number];
 
 /**
  * One line a step in rising order: after a resumed run a step may stand twice, and the later line holds.
@@ -57,8 +67,7 @@ export function orderedMetrics(lines: readonly MetricsLine[]): MetricsLine[] {
 }
 
 /** The value, or NaN for whatever is no finite number. */
-function figure(line: MetricsLine, name: Figure): number {
-  const value = line[name];
+export function finite(value: unknown): number {
   return typeof value === 'number' && Number.isFinite(value) ? value : Number.NaN;
 }
 
@@ -71,7 +80,7 @@ export function curve(lines: readonly MetricsLine[], name: Figure): Point[] {
   const points: Point[] = [];
   for (let from = 0; from < lines.length; from += size) {
     const group = lines.slice(from, from + size);
-    const values = group.map((line) => figure(line, name)).filter(Number.isFinite);
+    const values = group.map((line) => finite(line[name])).filter(Number.isFinite);
     const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
     points.push([group[(group.length - 1) >> 1]!.step, mean]);
   }
@@ -194,7 +203,7 @@ function rateAxis(points: readonly Point[]): Axis {
   return { label: 'linear', ...rangeFromZero(rates) };
 }
 
-function rangeFromZero(values: readonly number[]): { min: number; max: number } {
+export function rangeFromZero(values: readonly number[]): { min: number; max: number } {
   const { max } = niceRange([0, ...values.filter((value) => value > 0)]);
   return { min: 0, max };
 }
@@ -361,10 +370,11 @@ export function histogramChart({ name, result }: Evaluation): Chart {
     ];
   });
   const threshold = meanThreshold(result);
+  const shown = (Number(threshold.toFixed(2)) || 0).toFixed(2); // never "-0.00"
   return {
     id: 'histogram',
     title: `Similarity of pairs: ${name}`,
-    description: `Pairs of one person lie to the right, pairs of two people to the left; the threshold is at a cosine of ${threshold.toFixed(2)}.`,
+    description: `Pairs of one person lie to the right, pairs of two people to the left; the threshold is at a cosine of ${shown}.`,
     width: WIDTH,
     height: TALL,
     x: { label: 'cosine similarity', min, max },
@@ -374,7 +384,7 @@ export function histogramChart({ name, result }: Evaluation): Chart {
       format: percentTick,
     },
     series,
-    marks: [{ x: threshold, label: `threshold ${threshold.toFixed(2)}` }],
+    marks: [{ x: threshold, label: `threshold ${shown}` }],
   };
 }
 
@@ -399,7 +409,7 @@ export function percent(fraction: number, digits = 2): string {
   return Number.isFinite(fraction) ? `${(fraction * 100).toFixed(digits)}%` : 'not finite';
 }
 
-function percentTick(fraction: number): string {
+export function percentTick(fraction: number): string {
   return `${Number((fraction * 100).toPrecision(6))}%`;
 }
 

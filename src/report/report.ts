@@ -22,8 +22,8 @@ import { type Chart, drawChart, plainNumber, escapeText as text } from './svg.js
 export interface ReportFace {
   /** Whose face it is, for instance "Ann, image 1". */
   label: string;
-  /** The picture's file, shown as it is. */
-  jpeg: Uint8Array;
+  /** The picture's file, shown as it is; null where there is none to show. */
+  jpeg: Uint8Array | null;
 }
 
 export interface ReportPair {
@@ -35,10 +35,24 @@ export interface ReportPair {
   wrong: boolean;
 }
 
+/** A training sample. */
+export interface ReportSample {
+  face: ReportFace;
+  /** The step that it was part of, counted from 1. */
+  step: number;
+  baseLoss: number;
+  /** What the weighting multiplied its gradient by, dHM/dL. */
+  gradientWeight: number;
+}
+
 export interface ReportData {
   title: string;
   /** When the report was made, as it should be shown; the report reads no clock. */
   created: string;
+  /** What was run and on what, in a sentence. */
+  summary?: string;
+  /** Of a run that is not at its end. While it is running the page reloads itself. */
+  progress?: { running: boolean; step: number; totalSteps: number };
   /** Settings; nested ones are shown by their path. */
   config: Readonly<Record<string, unknown>>;
   /** What it ran on: device, instruction set, versions. */
@@ -47,6 +61,8 @@ export interface ReportData {
   /** Accuracies on held-out pairs during training, fractions. */
   validations?: readonly { step: number; accuracy: number }[];
   trainingSeconds?: number;
+  /** A reservation about the figures. */
+  note?: string;
   /** The pairs that were judged, for instance "6,000 pairs of LFW View 2". */
   evaluatedOn?: string;
   /** The model first, then what to hold it against. */
@@ -55,7 +71,12 @@ export interface ReportData {
   alsoEvaluated?: readonly { evaluatedOn: string; evaluations: readonly Evaluation[] }[];
   /** The model's worst pairs, worst first. */
   hardest?: { impostors: readonly ReportPair[]; genuine: readonly ReportPair[] };
+  /** Those of an epoch with the highest base loss, worst first. */
+  samples?: { epoch: number; shown: readonly ReportSample[] };
 }
+
+/** A page that is read often would shift under the reader; seldom, and it would be old. */
+const RELOAD_SECONDS = 30;
 
 /**
  * Writes the report whole or not at all. The file needs no network and no script; all text is escaped.
@@ -78,10 +99,16 @@ export function renderReport(data: ReportData): string {
       separationSection(data.evaluations),
       foldSection(data.evaluations),
       pairsSection(data.hardest),
+      samplesSection(data.samples),
       settingsSection(data),
-      `<footer>Made by hardmine, ${text(data.created)}. Everything is in this one file; it asks for nothing from the network.</footer>`,
+      footer(data.created),
     ].join('\n'),
+    data.progress?.running ? RELOAD_SECONDS : undefined,
   );
+}
+
+export function footer(created: string): string {
+  return `<footer>Made by hardmine, ${text(created)}. Everything is in this one file; it asks for nothing from the network.</footer>`;
 }
 
 function header(data: ReportData, metrics: readonly MetricsLine[]): string {
@@ -126,14 +153,31 @@ function header(data: ReportData, metrics: readonly MetricsLine[]): string {
     '<header>',
     '<p class="kind">hardmine report</p>',
     `<h1>${text(data.title)}</h1>`,
+    progressBar(data),
     `<p class="lead">${text(verdict(data))}</p>`,
+    data.summary === undefined ? '' : `<p class="note">${text(data.summary)}</p>`,
     dl === '' ? '' : `<dl class="tiles">${dl}</dl>`,
     '</header>',
   ].join('\n');
 }
 
+/** How far a run is that is not at its end. */
+function progressBar({ progress, created }: ReportData): string {
+  if (!progress) return '';
+  const { running, step, totalSteps } = progress;
+  const share = percent(step / totalSteps, 0);
+  const far = `step ${plainNumber(step)} of ${plainNumber(totalSteps)} (${share})`;
+  const sentence = running
+    ? `Running: ${far} as of ${created}. This page reloads itself every ${RELOAD_SECONDS} seconds.`
+    : `Stopped at ${far}. hardmine train --resume goes on from its last checkpoint.`;
+  return `<div class="progress"><progress max="${totalSteps}" value="${step}" aria-label="Steps done">${share}</progress><p>${text(sentence)}</p></div>`;
+}
+
 /** The result in a sentence or two. */
-function verdict({ evaluations, evaluatedOn }: ReportData): string {
+export function verdict({
+  evaluations,
+  evaluatedOn,
+}: Pick<ReportData, 'evaluations' | 'evaluatedOn'>): string {
   const [model, ...others] = evaluations;
   if (!model) return 'Nothing has been evaluated yet.';
   const { accuracy, confidence95, pairs } = model.result;
@@ -158,18 +202,22 @@ function significance(a: VerificationResult, b: VerificationResult): string {
   return distinguishable ? `; ${shown}` : `; ${shown}, so these pairs cannot tell the two apart`;
 }
 
-function accuracySection({ evaluations, evaluatedOn, alsoEvaluated = [] }: ReportData): string {
+function accuracySection(data: ReportData): string {
+  const { evaluations, evaluatedOn, alsoEvaluated = [], note } = data;
   if (evaluations.length === 0) return '';
   return [
     '<h2>How well it tells people apart</h2>',
-    accuracyTable(evaluations, evaluatedOn),
-    ...alsoEvaluated.map((also) => accuracyTable(also.evaluations, also.evaluatedOn)),
+    accuracyTable(evaluations, evaluatedOn, true),
+    ...alsoEvaluated.map((also) => accuracyTable(also.evaluations, also.evaluatedOn, false)),
+    note === undefined ? '' : `<p class="note">${text(note)}</p>`,
   ].join('\n');
 }
 
-function accuracyTable(
+/** Every model on the same pairs, with intervals; below the first such table of a page what they mean. */
+export function accuracyTable(
   evaluations: readonly Evaluation[],
   evaluatedOn: string | undefined,
+  first: boolean,
 ): string {
   const rows = evaluations.map(({ name, result }, i) => {
     const { accuracy, confidence95, bootstrap95, auc, eer, tarAtFar } = result;
@@ -185,10 +233,8 @@ function accuracyTable(
   });
   const { result } = evaluations[0]!;
   const folds = result.accuracy.perFold.length;
-  const notes = [
-    `Protocol ${result.protocol}: accuracy is the mean over ${folds} folds, each judged at the threshold that the other ${folds === 2 ? 'one' : folds - 1} chose, ± its standard error; the interval is Wilson’s over all pairs, as if they were independent, and the bootstrap’s is of the mean over ${plainNumber(result.bootstrap95.resamples)} draws of pairs within their folds. AUC, equal error rate and TAR (true accept rate) at a given FAR (false accept rate) come from all pairs pooled.`,
-    ...result.details.notes,
-  ];
+  const meaning = `Protocol ${result.protocol}: accuracy is the mean over ${folds} folds, each judged at the threshold that the other ${folds === 2 ? 'one' : folds - 1} chose, ± its standard error; the interval is Wilson’s over all pairs, as if they were independent, and the bootstrap’s is of the mean over ${plainNumber(result.bootstrap95.resamples)} draws of pairs within their folds. AUC, equal error rate and TAR (true accept rate) at a given FAR (false accept rate) come from all pairs pooled.`;
+  const notes = [...(first ? [meaning] : []), ...result.details.notes];
   const pairs = evaluatedOn ?? `${plainNumber(result.pairs)} pairs`;
   return [
     scroll(
@@ -250,7 +296,7 @@ function foldSection([model]: readonly Evaluation[]): string {
   rows.push(
     row('All', [
       plainNumber(model.result.pairs),
-      `${percent(accuracy.mean)}, std ${percent(accuracy.std)}`,
+      `${percent(accuracy.mean)}<br>std ${percent(accuracy.std)}`,
       (2 - 2 * mean).toFixed(2),
       mean.toFixed(3),
     ]),
@@ -259,11 +305,12 @@ function foldSection([model]: readonly Evaluation[]): string {
     '<h2>Fold by fold</h2>',
     scroll(
       'Accuracy and threshold of every fold',
-      `<table><caption>${text(model.name)}; thresholds are squared distances of unit embeddings</caption>
+      `<table><caption>${text(model.name)}</caption>
 <thead><tr><th scope="col">Fold</th><th scope="col">Pairs</th><th scope="col">Accuracy</th><th scope="col">Threshold</th><th scope="col">As cosine</th></tr></thead>
 <tbody>${rows.join('\n')}</tbody></table>`,
       true,
     ),
+    '<p class="note">Thresholds are squared distances of unit embeddings.</p>',
   ].join('\n');
 }
 
@@ -285,12 +332,33 @@ function pairsSection(hardest: ReportData['hardest']): string {
 
 function pairCard({ a, b, distance, wrong }: ReportPair, same: boolean): string {
   const taken = same !== wrong ? 'taken for one person' : 'taken for two people';
-  const face = ({ label, jpeg }: ReportFace) =>
-    `<figure><img src="data:image/jpeg;base64,${Buffer.from(jpeg).toString('base64')}" alt="Face of ${text(label)}" width="112" height="112"><figcaption>${text(label)}</figcaption></figure>`;
-  return `<li class="pair ${wrong ? 'wrong' : 'right'}"><div class="faces">${face(a)}${face(b)}</div><p>cosine ${similarity(distance).toFixed(3)}<br><span class="verdict">${wrong ? '✗ wrong' : '✓ right'}: ${taken}</span></p></li>`;
+  return `<li class="pair ${wrong ? 'wrong' : 'right'}"><div class="faces">${figure(a)}${figure(b)}</div><p>cosine ${similarity(distance).toFixed(3)}<br><span class="verdict">${wrong ? '✗ wrong' : '✓ right'}: ${taken}</span></p></li>`;
 }
 
-function card(chart: Chart): string {
+function figure({ label, jpeg }: ReportFace): string {
+  const caption = `<figcaption>${text(label)}</figcaption>`;
+  if (jpeg === null) return `<figure><p class="absent">no picture</p>${caption}</figure>`;
+  return `<figure><img src="data:image/jpeg;base64,${Buffer.from(jpeg).toString('base64')}" alt="Face of ${text(label)}" width="112" height="112">${caption}</figure>`;
+}
+
+function samplesSection(samples: ReportData['samples']): string {
+  if (!samples || samples.shown.length === 0) return '';
+  const cards = samples.shown.map(({ face, step, baseLoss, gradientWeight }) => {
+    const verdict = `${gateWord(gradientWeight)} × ${gradientWeight.toFixed(2)}`;
+    return `<li class="pair">${figure(face)}<p>base loss ${plainNumber(Number(baseLoss.toPrecision(4)))}<br><span class="verdict">${verdict}</span><br>in step ${plainNumber(step)}</p></li>`;
+  });
+  return `<h2>The training samples it finds hardest</h2>
+<p class="note">Of each step of epoch ${samples.epoch} the sample with the highest base loss, and of these the worst, with what the weighting multiplied their gradient by. Wrong labels show up here: hard mining amplifies them like any hard face.</p>
+<ul class="pairs">${cards.join('\n')}</ul>`;
+}
+
+/** As the gate's shares are counted. */
+function gateWord(gradientWeight: number): string {
+  if (gradientWeight < 0.1) return 'silenced';
+  return gradientWeight > 1 ? 'amplified' : 'kept';
+}
+
+export function card(chart: Chart): string {
   return `<figure class="card"><h3>${text(chart.title)}</h3>${drawChart(chart)}</figure>`;
 }
 
@@ -312,7 +380,7 @@ function facts(title: string, entries: readonly (readonly [string, string])[]): 
 }
 
 /** Settings by their path: { weighting: { alpha: 1.5 } } as weighting.alpha. */
-function flatten(config: object, prefix = ''): [string, string][] {
+export function flatten(config: object, prefix = ''): [string, string][] {
   return Object.entries(config).flatMap(([key, value]: [string, unknown]): [string, string][] => {
     if (value === undefined) return [];
     if (typeof value === 'object' && value !== null && !Array.isArray(value)) {
@@ -326,7 +394,7 @@ function interval({ low, high }: { low: number; high: number }): string {
   return `${percent(low)} to ${percent(high)}`;
 }
 
-function duration(seconds: number): string {
+export function duration(seconds: number): string {
   const s = Math.round(seconds);
   if (s < 60) return `${s} s`;
   if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;

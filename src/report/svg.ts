@@ -178,9 +178,9 @@ function plot(chart: Chart): string {
     `<text x="${px((left + right) / 2)}" y="${height - 5}" text-anchor="middle">${escapeText(x.label)}</text>`,
   );
 
-  // The clip lets lines touch the frame at full width.
+  // The clip lets lines and dots touch the frame whole.
   parts.push(
-    `<clipPath id="${id}-frame"><rect x="${left - 2}" y="${top - 2}" width="${right - left + 4}" height="${bottom - top + 4}"/></clipPath>`,
+    `<clipPath id="${id}-frame"><rect x="${left - 5}" y="${top - 5}" width="${right - left + 10}" height="${bottom - top + 10}"/></clipPath>`,
     `<g clip-path="url(#${id}-frame)">`,
     ...series.map((one) => drawSeries(one, toX, toY, bottom)),
     '</g>',
@@ -240,7 +240,12 @@ function drawLegend(series: readonly Series[], width: number): { svg: string; he
   const parts: string[] = [];
   let x: number = MARGIN.left;
   let row = 0;
-  const named = series.filter(({ label }) => label !== '');
+  // A name longer than a row is cut: the chart's description has it whole.
+  const room = width - MARGIN.left - MARGIN.right - SWATCH - 7;
+  const most = Math.floor(room / (FONT_SIZE * LETTER));
+  const named = series
+    .filter(({ label }) => label !== '')
+    .map((one) => ({ ...one, label: shortened(one.label, most) }));
   for (const { label, colour, kind, dashed } of named) {
     const extent = SWATCH + 7 + textWidth(label);
     if (x > MARGIN.left && x + extent > width - MARGIN.right) {
@@ -340,6 +345,11 @@ export function escapeText(text: string): string {
       // Characters that XML has no way to write; HTML ignores or replaces them.
       .replace(/[^\P{Cc}\t\n\r]/gu, '\uFFFD')
   );
+}
+
+function shortened(label: string, most: number): string {
+  const letters = [...label];
+  return letters.length <= most ? label : `${letters.slice(0, most - 1).join('')}…`;
 }
 
 function textWidth(text: string): number {

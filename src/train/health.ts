@@ -16,6 +16,7 @@ export type WarningKind =
   | 'checkpoint'
   | 'disk'
   | 'environment'
+  | 'report'
   | 'identity';
 
 /** Means over the rows of some steps. */

@@ -80,6 +80,11 @@ export class RunDirectory {
     return join(this.path, name);
   }
 
+  /** That of a run, as it stands; nothing is checked. */
+  static at(path: string): RunDirectory {
+    return new RunDirectory(path);
+  }
+
   /**
    * Checks that `path` can be written and whether it holds a run, and leaves everything as it was.
    *
@@ -87,7 +92,7 @@ export class RunDirectory {
    *   `resume` is false, or none and `resume` is true
    */
   static async check(path: string, resume: boolean): Promise<RunDirectory> {
-    const directory = new RunDirectory(path);
+    const directory = RunDirectory.at(path);
     const holdsRun = await isFile(directory.file('config.json'));
     if (holdsRun && !resume) {
       throw new HardmineError(
@@ -165,14 +170,16 @@ export class RunDirectory {
   /**
    * Makes the folder, removes what a killed process left half written, writes the configuration, opens
    * metrics.jsonl, cut back to `step`, and starts an event file for TensorBoard.
+   *
+   * @returns the lines of metrics.jsonl up to `step`
    */
-  async open(config: Config, step: number): Promise<void> {
+  async open(config: Config, step: number): Promise<MetricsLine[]> {
     const metrics = this.file('metrics.jsonl');
+    let kept: MetricsLine[];
     try {
       await mkdir(this.checkpoints, { recursive: true });
       await removeAbandonedFiles(this.path);
-      const lines = await readMetrics(metrics);
-      const kept = lines.filter((line) => line.step <= step);
+      kept = (await readMetrics(metrics)).filter((line) => line.step <= step);
       await writeFileAtomic(
         metrics,
         kept.map((line) => `${JSON.stringify(line)}\n`),
@@ -189,6 +196,7 @@ export class RunDirectory {
       'config',
       `\`\`\`json\n${JSON.stringify(saved, null, 2)}\n\`\`\``,
     );
+    return kept;
   }
 
   /** @param rows samples behind the means of `line` */

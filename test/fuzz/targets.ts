@@ -23,6 +23,7 @@ import { encodeSafetensors, readSafetensors } from '../../src/formats/safetensor
 import { readVerificationBin } from '../../src/formats/verification-bin.js';
 import { findCheckpoint } from '../../src/train/checkpoint.js';
 import { readMetrics } from '../../src/train/run-directory.js';
+import { readScores, readStatus } from '../../src/train/run-files.js';
 import { SanitizedReaders } from './sanitized.js';
 
 export interface Target {
@@ -381,6 +382,16 @@ export const TARGETS: Readonly<Record<string, Target>> = {
   metrics: {
     words: [...JSON_WORDS, '"step"', '"loss"', '"time"'],
     open: ofFile('metrics.jsonl', readMetrics),
+  },
+
+  'run-status': {
+    words: [...JSON_WORDS, '"state"', '"finished"', '"step"', '"environment"', '"validations"'],
+    open: ofFile('status.json', readStatus),
+  },
+
+  'run-scores': {
+    words: [...JSON_WORDS, '"distances"', '"same"', '"0101"', '"fold"', '[0,0,1,1]', '"list"'],
+    open: ofFile('scores-lfw.json', readScores),
   },
 
   'unfinished-pack': {

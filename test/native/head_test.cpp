@@ -901,6 +901,11 @@ TEST_CASE("statistics of a step") {
       CHECK(stats.mean_cosine ==
             doctest::Approx(cosines / static_cast<double>(pairs)).epsilon(1e-9));
       CHECK(stats.embedding_norm == doctest::Approx(norms).epsilon(1e-9));
+      const auto hardest = std::max_element(r.base.begin(), r.base.end()) - r.base.begin();
+      // Several rows were made for a loss of 40: which of them is highest is rounding's to say.
+      CHECK(r.base[stats.hardest.row] == doctest::Approx(r.base[hardest]).epsilon(1e-5));
+      CHECK(stats.hardest.base_loss == doctest::Approx(r.base[hardest]).epsilon(1e-5));
+      CHECK(stats.hardest.gradient_weight == doctest::Approx(r.factor[hardest]).epsilon(1e-4));
     }
   }
 }

@@ -518,10 +518,11 @@ class FixedBatch : public BatchSource {
   Batch next() override {
     ++given;
     return {images_.data(), labels.data(), augmentations_.data(),
-            static_cast<int64_t>(labels.size())};
+            static_cast<int64_t>(labels.size()), sources.empty() ? nullptr : sources.data()};
   }
   const std::vector<uint8_t>& images() const { return images_; }
   std::vector<int32_t> labels;
+  std::vector<int64_t> sources;
   int given = 0;
 
  private:
@@ -600,6 +601,11 @@ TEST_CASE("a session drives the accuracy on ten images to 1, reproducibly, and e
     // Another step, other weights, other embeddings.
     std::vector<StepStats> stats(1);
     session->train(batch, {settings.data(), 1}, stats, cancelled);
+    CHECK(stats[0].hardest.source == -1);
+    batch.sources = {70, 71, 72, 73, 74, 75, 76, 77, 78, 79};
+    session->train(batch, {settings.data(), 1}, stats, cancelled);
+    CHECK(stats[0].hardest.source == 70 + stats[0].hardest.row);
+    batch.sources.clear();
     session->embed(batch.images(), true, theirs);
     CHECK(ours != theirs);
   }

@@ -134,6 +134,7 @@ struct Copy {
   ByteString images;
   std::vector<int32_t> labels;
   std::vector<int> augmentations;
+  std::vector<int64_t> sources;
   bool operator==(const Copy&) const = default;
 };
 
@@ -142,6 +143,7 @@ Copy copy_of(const Batch& batch) {
   const auto rows = static_cast<size_t>(batch.size);
   copy.images.assign(batch.images, batch.images + rows * kImageBytes);
   copy.labels.assign(batch.labels, batch.labels + rows);
+  copy.sources.assign(batch.sources, batch.sources + rows);
   for (size_t i = 0; i < rows; ++i) {
     const Augmentation& a = batch.augmentations[i];
     copy.augmentations.insert(copy.augmentations.end(), {a.mirror, a.dx, a.dy});
@@ -207,6 +209,7 @@ TEST_CASE("ring: the same batches whatever the number of threads, each as the or
       for (size_t row = 0; row < batch; ++row) {
         const auto image = static_cast<size_t>(order[static_cast<size_t>(b % steps) * batch + row]);
         REQUIRE(copy.labels[row] == static_cast<int32_t>(100 + image));
+        REQUIRE(copy.sources[row] == static_cast<int64_t>(image));
         REQUIRE(std::equal(pixels[image].begin(), pixels[image].end(),
                            copy.images.begin() + static_cast<std::ptrdiff_t>(row * kImageBytes)));
       }

@@ -845,8 +845,8 @@ TEST_CASE("more rows than the kernels over all rows have threads, chained and su
   const hardmine::Weighting& weighting = loss_spec.weighting;
   similarity[0] = {30, 60};
   steps[0] = 0;
-  double loss = 0, base_sum = 0, norms = 0, largest = 0;
-  int correct = 0, silenced = 0, amplified = 0;
+  double loss = 0, base_sum = 0, norms = 0, largest = 0, highest = 0;
+  int correct = 0, silenced = 0, amplified = 0, hardest = 0;
   for (size_t i = 0; i < kRows; ++i) {
     const double target = static_cast<double>(random() % 1000) / 500 - 1;
     const auto plain = static_cast<float>(target + 0.5);
@@ -856,6 +856,10 @@ TEST_CASE("more rows than the kernels over all rows have threads, chained and su
     const double factor = loss_factor(l, weighting);
     loss += weighted_loss(l, weighting) / kRows;
     base_sum += l / kRows;
+    if (l > highest) {
+      highest = l;
+      hardest = static_cast<int>(i);
+    }
     norms += static_cast<double>(i) / kRows;
     largest = std::max(largest, factor / kRows);
     correct += plain > 0.25F ? 1 : 0;
@@ -887,6 +891,9 @@ TEST_CASE("more rows than the kernels over all rows have threads, chained and su
   CHECK(record[0].amplified == amplified);
   CHECK(record[0].silenced + record[0].kept + record[0].amplified == kRows);
   CHECK(non_finite[0] == 0);
+  CHECK(record[0].hardest_row == hardest);  // the first of those that are equal
+  CHECK(record[0].hardest_loss == doctest::Approx(highest).epsilon(1e-6));
+  CHECK(record[0].hardest_weight == doctest::Approx(loss_factor(highest, weighting)).epsilon(1e-4));
   CHECK(steps[0] == 1);
   const double scaled = largest * row_scale[0];  // just below 2^10, by a power of two
   CHECK(scaled < 1024);
@@ -1049,6 +1056,15 @@ TEST_CASE("the statistics of a step: gates, argmax, mean cosine and norm") {
     CHECK(s.loss == doctest::Approx(gold.loss).epsilon(1e-4));
     CHECK(s.mean_cosine == doctest::Approx(cosines / pairs).epsilon(1e-5));
     CHECK(s.embedding_norm == doctest::Approx(norms).epsilon(1e-6));
+    const auto hardest = std::max_element(gold.base.begin(), gold.base.end()) - gold.base.begin();
+    // Rows were made for equal losses: which of them is highest is rounding's to say.
+    CHECK(gold.base[static_cast<size_t>(s.hardest.row)] ==
+          doctest::Approx(gold.base[static_cast<size_t>(hardest)]).epsilon(1e-4));
+    CHECK(s.hardest.base_loss ==
+          doctest::Approx(gold.base[static_cast<size_t>(hardest)]).epsilon(1e-4));
+    // At so high a loss the gate is open and its factor is alpha: no slope that magnifies errors.
+    CHECK(s.hardest.gradient_weight ==
+          doctest::Approx(gold.factor[static_cast<size_t>(hardest)]).epsilon(1e-4));
   }
   // One identity: no pairs.
   Problem same = p;

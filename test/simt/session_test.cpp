@@ -72,10 +72,11 @@ class FixedBatch : public BatchSource {
   Batch next() override {
     ++given;
     return {images_.data(), labels.data(), augmentations_.data(),
-            static_cast<int64_t>(labels.size())};
+            static_cast<int64_t>(labels.size()), sources.empty() ? nullptr : sources.data()};
   }
   std::span<const uint8_t> images() const { return images_.span(); }
   std::vector<int32_t> labels;
+  std::vector<int64_t> sources;
   int given = 0;
 
  private:
@@ -97,13 +98,15 @@ class ReusedMemory : public BatchSource {
         random_images(count_, size_, static_cast<uint64_t>(100 + given_));
     std::copy(pixels.begin(), pixels.end(), images.data());
     ++given_;
-    return {images.data(), labels_.data(), augmentations_.data(), count_};
+    sources_.assign(static_cast<size_t>(count_), given_);
+    return {images.data(), labels_.data(), augmentations_.data(), count_, sources_.data()};
   }
 
  private:
   int64_t count_, size_;
   std::vector<cuda::PinnedArray<uint8_t>> images_;
   std::vector<int32_t> labels_;
+  std::vector<int64_t> sources_;  // the number of the batch, from 1
   std::vector<Augmentation> augmentations_;
   int given_ = 0;
 };
@@ -320,6 +323,8 @@ TEST_CASE("CUDA: batches are read before their memory is given away") {
     } else {
       session->train(batches, settings, stats, kGoOn);
       CHECK(read_tensor(*session, "conv1.weight") == expected);
+      for (size_t i = 0; i < stats.size(); ++i)
+        CHECK(stats[i].hardest.source == static_cast<int64_t>(i + 1));
     }
   }
 }
