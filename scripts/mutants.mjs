@@ -50,6 +50,16 @@ function mutated({ file, from, to }) {
   return { text: text.replace(from, () => to) };
 }
 
+/** Whether every bug's line is still there, once; told, and the exit status, where one is not. */
+export function checkPlaces(bugs) {
+  for (const bug of bugs) {
+    const { problem } = mutated(bug);
+    if (problem === undefined) continue;
+    console.log(`${bug.bug}: ${problem}`);
+    process.exitCode = 1;
+  }
+}
+
 /** Compiles one C++ file; `first` is searched before the tree, for a file that takes another's place. */
 export async function compile(source, object, { first, flags = [] } = {}) {
   const args = ['-std=c++20', '-O1', '-Wno-unknown-pragmas', ...flags];

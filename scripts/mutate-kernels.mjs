@@ -5,7 +5,7 @@
 
 import { availableParallelism } from 'node:os';
 import { basename, join } from 'node:path';
-import { compile, doctest, each, inTemporaryFolder, link, plant } from './mutants.mjs';
+import { checkPlaces, compile, doctest, each, inTemporaryFolder, link, plant } from './mutants.mjs';
 
 // `mutated` is compiled for each bug, `fixed` once. The fixed ones use nothing of a planted line.
 const UNITS = {
@@ -47,8 +47,8 @@ const BUGS = [
   {
     bug: 'the last class of a chunk left out of the gradient',
     file: HEAD,
-    from: 'if (j < chunk.width && j != target) {',
-    to: 'if (j < chunk.width - 1 && j != target) {',
+    from: 'if (j < chunk.width && j != target) value = probability',
+    to: 'if (j < chunk.width - 1 && j != target) value = probability',
   },
   {
     bug: 'no margin at the target',
@@ -252,31 +252,37 @@ const BUGS = [
 const FLAGS = ['-isystem', 'test/simt/include', '-I', 'test/simt'];
 const LIBRARIES = ['-lpthread', '-ldl'];
 
-const wanted = new RegExp(process.argv[2] ?? '');
-const bugs = BUGS.filter(({ bug }) => wanted.test(bug)).map((b) => ({ unit: 'head', ...b }));
 const inFlight = availableParallelism();
-await inTemporaryFolder(async (folder) => {
-  const objectOf = (source) => join(folder, `${basename(source)}.o`);
-  const units = Object.keys(UNITS).filter((name) => bugs.some(({ unit }) => unit === name));
-  const sources = units.flatMap((name) => [UNITS[name].mutated, ...UNITS[name].fixed]);
-  await each(new Set(sources), inFlight, (source) =>
-    compile(source, objectOf(source), { flags: FLAGS }),
-  );
-  await each(units, inFlight, async (name) => {
-    const program = join(folder, name);
-    await link([UNITS[name].mutated, ...UNITS[name].fixed].map(objectOf), program, LIBRARIES);
-    const failure = await doctest(program);
-    if (failure) throw new Error(`The tests fail without any planted bug:\n${failure.output}`);
+async function plantAll(bugs) {
+  await inTemporaryFolder(async (folder) => {
+    const objectOf = (source) => join(folder, `${basename(source)}.o`);
+    const units = Object.keys(UNITS).filter((name) => bugs.some(({ unit }) => unit === name));
+    const sources = units.flatMap((name) => [UNITS[name].mutated, ...UNITS[name].fixed]);
+    await each(new Set(sources), inFlight, (source) =>
+      compile(source, objectOf(source), { flags: FLAGS }),
+    );
+    await each(units, inFlight, async (name) => {
+      const program = join(folder, name);
+      await link([UNITS[name].mutated, ...UNITS[name].fixed].map(objectOf), program, LIBRARIES);
+      const failure = await doctest(program);
+      if (failure) throw new Error(`The tests fail without any planted bug:\n${failure.output}`);
+    });
+    await plant(bugs, {
+      folder,
+      inFlight,
+      async judge({ unit }, copy) {
+        const object = join(copy, 'mutated.o');
+        const program = join(copy, 'test');
+        await compile(UNITS[unit].mutated, object, { first: copy, flags: FLAGS });
+        await link([object, ...UNITS[unit].fixed.map(objectOf)], program, LIBRARIES);
+        return (await doctest(program))?.by;
+      },
+    });
   });
-  await plant(bugs, {
-    folder,
-    inFlight,
-    async judge({ unit }, copy) {
-      const object = join(copy, 'mutated.o');
-      const program = join(copy, 'test');
-      await compile(UNITS[unit].mutated, object, { first: copy, flags: FLAGS });
-      await link([object, ...UNITS[unit].fixed.map(objectOf)], program, LIBRARIES);
-      return (await doctest(program))?.by;
-    },
-  });
-});
+}
+
+if (process.argv[2] === '--check') checkPlaces(BUGS);
+else {
+  const wanted = BUGS.filter(({ bug }) => new RegExp(process.argv[2] ?? '').test(bug));
+  await plantAll(wanted.map((bug) => ({ unit: 'head', ...bug })));
+}

@@ -2,11 +2,20 @@
 // a copy of the tree and runs the tests that should see them, TypeScript through mocha, C++ as the native
 // unit tests. Prints a table; exits 1 when more than one goes unnoticed or one has lost its line. Needs a
 // set-up clone (npm test) and doctest. `node scripts/mutate.mjs [REGEXP]` plants only the bugs whose
-// description it matches.
+// description it matches; with --check none, it only looks whether their lines still stand.
 
 import { cpSync, mkdirSync, symlinkSync, writeFileSync } from 'node:fs';
 import { basename, join } from 'node:path';
-import { compile, doctest, inTemporaryFolder, link, plant, ROOT, run } from './mutants.mjs';
+import {
+  checkPlaces,
+  compile,
+  doctest,
+  inTemporaryFolder,
+  link,
+  plant,
+  ROOT,
+  run,
+} from './mutants.mjs';
 
 /** C++: `mutated` is compiled for each bug, `fixed` once. */
 const UNITS = {
@@ -96,15 +105,15 @@ const BUGS = [
     bug: 'a resumed epoch begins anew',
     tests: ['test/60.trainer.spec.ts', '--grep', 'two runs of one seed|stopped in mid-epoch'],
     file: 'src/trainer.ts',
-    from: 'await batches.seek(state.epoch, state.stepInEpoch);',
-    to: 'await batches.seek(state.epoch, 0);',
+    from: 'await batches.seek(start.epoch, start.step);',
+    to: 'await batches.seek(start.epoch, 0);',
   },
   {
     bug: 'a checkpoint whose bytes differ from its manifest',
     tests: ['test/61.checkpoint.spec.ts'],
     file: 'src/train/checkpoint.ts',
-    from: 'if ((await sha256OfFile(join(path, name))) !== listed.sha256) {',
-    to: 'if ((await sha256OfFile(join(path, name))).length !== listed.sha256.length) {',
+    from: 'if ((await sha256OfFile(join(path, name))) !== sha256) {',
+    to: 'if ((await sha256OfFile(join(path, name))).length !== sha256.length) {',
   },
   {
     bug: 'identities of the validation among those that train',
@@ -234,45 +243,48 @@ function copyTree(folder) {
   return tree;
 }
 
-const wanted = new RegExp(process.argv[2] ?? '');
-const bugs = BUGS.filter(({ bug }) => wanted.test(bug));
-await inTemporaryFolder(async (folder) => {
-  const objectOf = (source) => join(folder, `${basename(source)}.o`);
-  const units = Object.keys(UNITS).filter((name) => bugs.some(({ unit }) => unit === name));
-  for (const source of new Set(
-    units.flatMap((name) => [UNITS[name].mutated, ...UNITS[name].fixed]),
-  )) {
-    await compile(source, objectOf(source));
-  }
-  for (const name of units) {
-    const program = join(folder, 'test');
-    await link([UNITS[name].mutated, ...UNITS[name].fixed].map(objectOf), program, LIBRARIES);
-    const failure = await doctest(program);
-    if (failure) throw new Error(`The tests fail without any planted bug:\n${failure.output}`);
-  }
-  const tree = copyTree(folder);
-  for (const tests of new Set(bugs.flatMap(({ tests }) => (tests ? [tests.join('\t')] : [])))) {
-    const failure = await mocha(tree, tests.split('\t'));
-    if (failure) throw new Error(`The tests fail without any planted bug:\n${failure.output}`);
-  }
-  await plant(bugs, {
-    folder,
-    inFlight: 1, // the copy of the tree holds one bug at a time
-    mayMiss: 1,
-    async judge({ unit, tests, file }, copy, text) {
-      if (unit !== undefined) {
-        const object = join(copy, 'mutated.o');
-        const program = join(copy, 'test');
-        const { mutated, fixed } = UNITS[unit];
-        const source = mutated === file ? join(copy, file) : mutated;
-        await compile(source, object, { first: copy });
-        await link([object, ...fixed.map(objectOf)], program, LIBRARIES);
-        return (await doctest(program))?.by;
-      }
-      writeFileSync(join(tree, file), text);
-      const failure = await mocha(tree, tests);
-      cpSync(join(ROOT, file), join(tree, file));
-      return failure?.by;
-    },
+async function plantAll(bugs) {
+  await inTemporaryFolder(async (folder) => {
+    const objectOf = (source) => join(folder, `${basename(source)}.o`);
+    const units = Object.keys(UNITS).filter((name) => bugs.some(({ unit }) => unit === name));
+    for (const source of new Set(
+      units.flatMap((name) => [UNITS[name].mutated, ...UNITS[name].fixed]),
+    )) {
+      await compile(source, objectOf(source));
+    }
+    for (const name of units) {
+      const program = join(folder, 'test');
+      await link([UNITS[name].mutated, ...UNITS[name].fixed].map(objectOf), program, LIBRARIES);
+      const failure = await doctest(program);
+      if (failure) throw new Error(`The tests fail without any planted bug:\n${failure.output}`);
+    }
+    const tree = copyTree(folder);
+    for (const tests of new Set(bugs.flatMap(({ tests }) => (tests ? [tests.join('\t')] : [])))) {
+      const failure = await mocha(tree, tests.split('\t'));
+      if (failure) throw new Error(`The tests fail without any planted bug:\n${failure.output}`);
+    }
+    await plant(bugs, {
+      folder,
+      inFlight: 1, // the copy of the tree holds one bug at a time
+      mayMiss: 1,
+      async judge({ unit, tests, file }, copy, text) {
+        if (unit !== undefined) {
+          const object = join(copy, 'mutated.o');
+          const program = join(copy, 'test');
+          const { mutated, fixed } = UNITS[unit];
+          const source = mutated === file ? join(copy, file) : mutated;
+          await compile(source, object, { first: copy });
+          await link([object, ...fixed.map(objectOf)], program, LIBRARIES);
+          return (await doctest(program))?.by;
+        }
+        writeFileSync(join(tree, file), text);
+        const failure = await mocha(tree, tests);
+        cpSync(join(ROOT, file), join(tree, file));
+        return failure?.by;
+      },
+    });
   });
-});
+}
+
+if (process.argv[2] === '--check') checkPlaces(BUGS);
+else await plantAll(BUGS.filter(({ bug }) => new RegExp(process.argv[2] ?? '').test(bug)));
