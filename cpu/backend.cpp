@@ -1,5 +1,3 @@
-#include <unistd.h>
-
 #include <cstdlib>
 #include <fstream>
 #include <new>
@@ -8,6 +6,7 @@
 #include "core/backend.h"
 #include "cpu/embedder.h"
 #include "cpu/head.h"
+#include "cpu/memory.h"
 #include "cpu/network_loops.h"
 #include "cpu/onednn.h"
 #include "cpu/session.h"
@@ -16,19 +15,9 @@
 namespace hardmine {
 namespace {
 
-constexpr size_t kCacheLine = 64;  // bytes
-
 class PlainAllocator : public HostAllocator {
  public:
-  void* allocate(size_t bytes) override {
-    void* memory =
-        std::aligned_alloc(kCacheLine, (bytes + kCacheLine - 1) / kCacheLine * kCacheLine);
-    if (memory == nullptr) {
-      throw Error(codes::kOutOfMemory,
-                  "No memory for " + std::to_string(bytes) + " bytes of images.");
-    }
-    return memory;
-  }
+  void* allocate(size_t bytes) override { return take_memory(bytes, "The decode ring"); }
   void release(void* memory) noexcept override { std::free(memory); }
 };
 
@@ -50,9 +39,9 @@ class CpuBackend : public Backend {
     const onednn::Bf16Support bf16 = onednn::bf16_support();
     DeviceInfo device;
     device.name = cpu_model();
-    const int64_t page = sysconf(_SC_PAGESIZE);
-    device.memory_bytes = sysconf(_SC_PHYS_PAGES) * page;
-    device.free_bytes = sysconf(_SC_AVPHYS_PAGES) * page;
+    const MachineMemory memory = machine_memory();
+    device.memory_bytes = memory.total_bytes;
+    device.free_bytes = memory.available_bytes;
     device.threads = physical_cores();
     device.precisions = {Precision::fp32};
     if (bf16.fast) device.precisions.insert(device.precisions.begin(), Precision::bf16);

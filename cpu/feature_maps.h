@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "cpu/memory.h"
 #include "cpu/network_loops.h"
 #include "cpu/onednn.h"
 
@@ -21,17 +22,8 @@ namespace hardmine {
 // Zeroed memory on a cache line's boundary. Padding channels of blocked layouts stay zero.
 class AlignedMemory {
  public:
-  static constexpr size_t kAlignment = 64;  // bytes: a cache line, and an AVX-512 register
-
   AlignedMemory() = default;
-  explicit AlignedMemory(size_t bytes)
-      : data_(std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment)) {
-    if (data_ == nullptr) {
-      throw Error(codes::kOutOfMemory, "No memory for " + std::to_string(bytes) +
-                                           " bytes of the network; use a smaller batch.");
-    }
-    std::memset(data_.get(), 0, bytes);
-  }
+  explicit AlignedMemory(size_t bytes) : data_(take_memory(bytes, "The network")) {}
   template <typename T = void>
   T* data() const {
     return static_cast<T*>(data_.get());

@@ -19,6 +19,7 @@
 #include "core/loss_maths.h"
 #include "cpu/head.h"
 #include "cpu/head_loops.h"
+#include "cpu/memory.h"
 #include "cpu/onednn.h"
 
 namespace hardmine {
@@ -65,14 +66,7 @@ class Buffer {
 template <typename T>
 Buffer<T>::Buffer(MemoryMeter& meter, int64_t count) {
   if (count == 0) return;
-  constexpr size_t kLine = 64;  // bytes of a cache line
-  const size_t size = (static_cast<size_t>(count) * sizeof(T) + kLine - 1) / kLine * kLine;
-  data_ = static_cast<T*>(std::aligned_alloc(kLine, size));
-  if (data_ == nullptr) {
-    throw Error(codes::kOutOfMemory, "The margin head could not get " + std::to_string(size) +
-                                         " bytes of memory; use a smaller batch or fewer classes.");
-  }
-  std::memset(static_cast<void*>(data_), 0, size);
+  data_ = static_cast<T*>(take_memory(static_cast<size_t>(count) * sizeof(T), "The margin head"));
   count_ = count;
   meter_ = &meter;
   meter.held += bytes();

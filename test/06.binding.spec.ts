@@ -164,6 +164,17 @@ describe('the native addon', () => {
     for (const [loss, message] of wrong) await fails(() => make(loss), 'ERR_CONFIG', message);
   });
 
+  it('refuses what the memory does not hold, before it is taken', async () => {
+    const most = { ...HEAD, classes: 2 ** 31 - 1, dim: 4096 }; // 35 TB
+    await fails(
+      () => addon.createHead(most, EXECUTION),
+      'ERR_DEVICE_OOM',
+      /^The margin head needs 35\d{12} bytes more and \d+ are available: use .* fewer classes/,
+    );
+    const many = { ...SESSION, batch: 1_000_000 };
+    await fails(() => addon.createSession(many, EXECUTION), 'ERR_DEVICE_OOM', /bytes more/);
+  });
+
   describe('arguments', () => {
     let head: NativeHead;
     before(async () => {
