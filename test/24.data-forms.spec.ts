@@ -19,11 +19,11 @@ import { packLfwPairs } from '../src/evaluate/lfw-bin.js';
 import { encodeRecord, packedFiles } from '../src/formats/recordio.js';
 import { readVerificationBin, writeVerificationBin } from '../src/formats/verification-bin.js';
 import { loadAddon } from '../src/native.js';
+import { MAIN } from './helpers/cli.js';
 import { marked, type TableRow, tableRow } from './helpers/ms-celeb.js';
 import { parseImageRecord, readIndex, readRecord } from './helpers/recordio-reader.js';
 import { shared } from './helpers/skip.js';
 
-const MAIN = fileURLToPath(new URL('../src/cli/main.ts', import.meta.url));
 const PEAK = fileURLToPath(new URL('helpers/peak-memory.ts', import.meta.url));
 const run = promisify(execFile);
 
@@ -792,7 +792,7 @@ describe('forms of data sets', function () {
   it('are packed and inspected from the command line, mistakes told', async () => {
     const hardmine = async (...argv: string[]) => {
       try {
-        const done = await run(process.execPath, ['--import=tsx', MAIN, ...argv]);
+        const done = await run(process.execPath, [MAIN, ...argv]);
         return { code: 0, ...done };
       } catch (error) {
         return error as { code: number; stdout: string; stderr: string };

@@ -33,11 +33,11 @@ import { writeVerificationBin } from '../src/formats/verification-bin.js';
 import { loadAddon } from '../src/native.js';
 import { findCheckpoint, writeCheckpoint } from '../src/train/checkpoint.js';
 import { RunDirectory } from '../src/train/run-directory.js';
+import { MAIN } from './helpers/cli.js';
 import { seeded } from './helpers/random.js';
 import { skip } from './helpers/skip.js';
 
 const run = promisify(execFile);
-const MAIN = fileURLToPath(new URL('../src/cli/main.ts', import.meta.url));
 const REFUSALS = fileURLToPath(new URL('helpers/refusals.ts', import.meta.url));
 
 const flat = (side: number): Promise<Buffer> =>
@@ -332,7 +332,7 @@ describe('hostile files', function () {
     assert.throws(() => resolveConfig(merged), refusedBy('ERR_CONFIG', /"__proto__"/));
 
     const train = async (config: string): Promise<string> => {
-      const error = await run(process.execPath, ['--import=tsx', MAIN, 'train', config]).catch(
+      const error = await run(process.execPath, [MAIN, 'train', config]).catch(
         (failure: { code: number; stderr: string }) => failure,
       );
       assert.ok('code' in error && error.code === 2, 'exit code 2');

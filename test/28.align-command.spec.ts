@@ -16,7 +16,6 @@ import {
 } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { basename, dirname, join } from 'node:path';
-import { fileURLToPath } from 'node:url';
 import sharp from 'sharp';
 import { type AlignFolderOptions, alignFolder } from '../src/align/align-folder.js';
 import { exportNetworks } from '../src/align/mtcnn-weights.js';
@@ -27,15 +26,15 @@ import { HardmineError } from '../src/errors.js';
 import type { TensorMap } from '../src/formats/safetensors.js';
 import { FaceModel, writeModel } from '../src/model.js';
 import { loadAddon } from '../src/native.js';
+import { MAIN } from './helpers/cli.js';
 import { readNpy } from './helpers/npy.js';
 import { shared } from './helpers/skip.js';
 
-const MAIN = fileURLToPath(new URL('../src/cli/main.ts', import.meta.url));
 const HEADER =
   'image\tleft_eye_x\tleft_eye_y\tright_eye_x\tright_eye_y\tnose_x\tnose_y\tleft_mouth_x\tleft_mouth_y\tright_mouth_x\tright_mouth_y';
 
 const start = (argv: readonly string[], ...node: string[]): ChildProcess =>
-  spawn(process.execPath, ['--import=tsx', ...node, MAIN, ...argv], {
+  spawn(process.execPath, [...node, MAIN, ...argv], {
     stdio: ['ignore', 'pipe', 'pipe'],
   });
 

@@ -15,12 +15,10 @@ import {
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
 import sharp from 'sharp';
 import { readSafetensors, writeSafetensors } from '../src/formats/safetensors.js';
+import { MAIN } from './helpers/cli.js';
 import { drawFaces, IMAGES, PEOPLE, writeFolder, writeLfw } from './helpers/small-training.js';
-
-const MAIN = fileURLToPath(new URL('../src/cli/main.ts', import.meta.url));
 
 interface Result {
   code: number | null;
@@ -29,7 +27,7 @@ interface Result {
 }
 
 function start(...argv: string[]): ChildProcess {
-  return spawn(process.execPath, ['--import=tsx', MAIN, ...argv], {
+  return spawn(process.execPath, [MAIN, ...argv], {
     stdio: ['ignore', 'pipe', 'pipe'],
   });
 }

@@ -10,6 +10,7 @@ import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { resolveConfig } from '../src/config.js';
 import { readConfigFile } from '../src/config-file.js';
+import { MAIN } from './helpers/cli.js';
 import { drawFaces, writeFolder } from './helpers/small-training.js';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
@@ -67,11 +68,7 @@ describe('the documentation', function () {
     const key = command.join(' ');
     const known = helps.get(key);
     if (known !== undefined) return known;
-    const { stdout } = await run(process.execPath, [
-      join(ROOT, 'dist/cli/main.js'),
-      ...command,
-      '--help',
-    ]);
+    const { stdout } = await run(process.execPath, [MAIN, ...command, '--help']);
     helps.set(key, stdout);
     return stdout;
   }
@@ -137,7 +134,7 @@ describe('the documentation', function () {
 
   it('names options that exist in its sentences', async () => {
     const known = new Set<string>();
-    const { stdout } = await run(process.execPath, [join(ROOT, 'dist/cli/main.js'), '--help']);
+    const { stdout } = await run(process.execPath, [MAIN, '--help']);
     const names = [...stdout.matchAll(/^ {2}([a-z-]+) /gm)].map(([, name]) => name!);
     for (const command of [...names, 'bench head', 'bench step', 'bench data']) {
       const help = await helpOf(command.split(' '));

@@ -2,9 +2,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { readFile } from 'node:fs/promises';
 import { createInterface } from 'node:readline';
-import { fileURLToPath } from 'node:url';
-
-const MAIN = fileURLToPath(new URL('../../src/cli/main.ts', import.meta.url));
+import { MAIN } from './cli.js';
 
 /** A line of a training log that is no terminal's. */
 export interface LogLine {
@@ -23,7 +21,7 @@ export interface Watched {
 
 /** Starts a command line; `onEvent` is told of each line of its log. */
 export function watch(argv: readonly string[], onEvent: (event: LogLine) => void): Watched {
-  const child = spawn(process.execPath, ['--import=tsx', MAIN, ...argv], {
+  const child = spawn(process.execPath, [MAIN, ...argv], {
     stdio: ['ignore', 'ignore', 'pipe'],
   });
   const events: LogLine[] = [];
