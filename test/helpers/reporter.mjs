@@ -1,5 +1,6 @@
-// mocha's reporter for `npm test`: each test as it ends, then the reasons of skips, the failures with
-// their differences, and as the last line exactly `N passed, N failed, N skipped`.
+// mocha's reporter for `npm test`: each test as it ends, then the skips (helpers/skip.ts puts the reason
+// into the title), the failures with their differences, and as the last line exactly
+// `N passed, N failed, N skipped`.
 
 import Mocha from 'mocha';
 
@@ -21,18 +22,10 @@ export default class Reporter extends Spec {
   conclude() {
     if (this.#skipped.length > 0) Base.consoleLog('Skipped:');
     for (const test of this.#skipped) {
-      Base.consoleLog(`  ${test.fullTitle()}: ${reasonOf(test)}`);
+      Base.consoleLog(`  ${test.fullTitle()}`);
     }
     if (this.failures.length > 0) Base.list(this.failures);
     const { passes, failures } = this.stats;
     Base.consoleLog(`${passes} passed, ${failures} failed, ${this.#skipped.length} skipped`);
   }
-}
-
-/** What helpers/skip.ts noted on the test or on a suite around it. */
-function reasonOf(test) {
-  for (let at = test; at; at = at.parent) {
-    if (at.skipReason) return at.skipReason;
-  }
-  return 'no reason given';
 }

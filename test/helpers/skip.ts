@@ -8,10 +8,13 @@ const ROOT = dirname(dirname(dirname(fileURLToPath(import.meta.url))));
 
 /** Ends the running test (or, from a before hook, every test of its suite) as skipped. */
 export function skip(context: Mocha.Context, reason: string): never {
+  // The title is what a worker process of mocha's tells of a test, besides its outcome.
+  const note = (test: Mocha.Runnable): void => {
+    test.title += `: ${reason}`;
+  };
   const running = context.test;
-  // In a hook the reason is the suite's, whose tests are skipped.
-  const noted = running instanceof Mocha.Hook ? running.parent : running;
-  if (noted !== undefined) Object.assign(noted, { skipReason: reason });
+  if (running instanceof Mocha.Hook) running.parent?.eachTest(note);
+  else if (running !== undefined) note(running);
   return context.skip();
 }
 
