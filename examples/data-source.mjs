@@ -58,6 +58,9 @@ async function train(path, out, settings) {
 const [data, out] = process.argv.slice(2);
 if (data && out) {
   await train(data, out, { scale: 32, lr: 0.05, marginWarmUp: 3 });
+} else if (data) {
+  console.error('usage: node data-source.mjs [FACES OUT]');
+  process.exitCode = 2;
 } else {
   await inTemporaryFolder(async (folder) => {
     const small = { batch: 16, epochs: 2, scale: 12, margin: 0.1, lr: 0.05 };

@@ -76,6 +76,9 @@ async function evaluate(modelPath, faces) {
 const [model, faces] = process.argv.slice(2);
 if (model && faces) {
   await evaluate(model, faces);
+} else if (model) {
+  console.error('usage: node evaluate-your-way.mjs [MODEL FACES]');
+  process.exitCode = 2;
 } else {
   await inTemporaryFolder(async (folder) => {
     // Another seed: other people than the model was trained on.

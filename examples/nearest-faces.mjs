@@ -63,6 +63,9 @@ async function search(modelPath, folder, photo, mtcnn) {
 const [model, photos, photo, mtcnn] = process.argv.slice(2);
 if (model && photos && photo) {
   await search(model, photos, photo, mtcnn);
+} else if (model) {
+  console.error('usage: node nearest-faces.mjs [MODEL FOLDER PHOTO [MTCNN]]');
+  process.exitCode = 2;
 } else {
   await inTemporaryFolder(async (folder) => {
     const drawn = await drawPhotos(folder);

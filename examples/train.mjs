@@ -48,6 +48,9 @@ const [data, out] = process.argv.slice(2);
 if (data && out) {
   // For some hundred people; docs/losses.md says how to choose.
   await train(data, out, { scale: 32, lr: 0.05, marginWarmUp: 3 });
+} else if (data) {
+  console.error('usage: node train.mjs [FACES OUT]');
+  process.exitCode = 2;
 } else {
   await inTemporaryFolder(async (folder) => {
     const small = { batch: 8, epochs: 2, scale: 12, margin: 0.1, marginWarmUp: 1, lr: 0.05 };

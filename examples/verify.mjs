@@ -33,6 +33,9 @@ async function verify(modelPath, pairs) {
 const [model, a, b] = process.argv.slice(2);
 if (model && a && b) {
   await verify(model, [[a, b]]);
+} else if (model) {
+  console.error('usage: node verify.mjs [MODEL A B]');
+  process.exitCode = 2;
 } else {
   await inTemporaryFolder(async (folder) => {
     const drawn = await drawPhotos(folder);

@@ -80,7 +80,7 @@ export const configSchema = z.strictObject({
     .min(1)
     .default('identities')
     .describe(
-      "what `best` is chosen on: held-out identities of `data` (identities: 5%, at most 200), a pairs file in LFW's format over the images of `lfw`, or none",
+      "what `best` is chosen on: held-out identities of `data` (identities: 5%, at most 200; more of few people with few images), a pairs file in LFW's format over the images of `lfw`, or none",
     ),
   lfw: z
     .string()
@@ -370,7 +370,9 @@ function issueSentence(issue: z.core.$ZodIssue, found: unknown): string {
     value = value !== null && typeof value === 'object' ? Reflect.get(value, part) : undefined;
   }
   if (value === undefined) return `the configuration lacks "${name}": give it as --${kebab(name)}`;
-  const expectation = issue.message.replace(/^Invalid (input|option|string): /, '');
+  const expectation = issue.message
+    .replace(/^Invalid (input|option|string): /, '')
+    .replace(/^Too (?:small|big): expected \w+ to be /, 'expected ');
   return `the configuration's "${name}" is ${shortJson(value)}: ${oneLine(expectation)}`;
 }
 

@@ -187,6 +187,7 @@ describe('configuration', () => {
     ] as const) {
       assert.match(complaint({ ...MINIMUM, [key]: value }), new RegExp(`"${key}"`));
     }
+    assert.match(complaint({ ...MINIMUM, batch: 1 }), /"batch" is 1: expected >=2$/);
     assert.match(complaint({ ...MINIMUM, milestones: [8, 8] }), /ascend/);
     for (const input of [null, 3, 'text', []]) assert.match(complaint(input), /JSON object/);
   });

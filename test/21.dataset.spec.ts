@@ -332,7 +332,10 @@ describe('data sets', function () {
         'x.png': jpegs[0]!,
         a: { 'x.jpg': jpegs[0]! },
       });
-      await refused(loose, /loose\/x\.png lies outside any identity's folder/);
+      await refused(
+        loose,
+        /loose\/x\.png lies outside any identity's folder: .* give the folder above/,
+      );
       await refused(faces({ anna: { 'notes.txt': 'x' } }), /anna\/notes\.txt is not a \.jpg/);
       rmSync(join(folder, 'faces'), { recursive: true });
       await refused(faces({ anna: { deep: { 'x.jpg': jpegs[0]! } } }), /anna\/deep is not a \.jpg/);
@@ -737,10 +740,9 @@ describe('splitIdentities', () => {
             [...labels.keys()],
           );
           const held = new Set([...validation.images].map((image) => labels[image]));
-          assert.equal(
-            held.size,
-            Math.max(2, Math.min(20, Math.round(share * dataset.identities))),
-          );
+          const wanted = Math.max(2, Math.min(20, Math.round(share * dataset.identities)));
+          const most = Math.max(wanted, Math.ceil(dataset.identities / 3));
+          assert.ok(held.size >= wanted && held.size <= most);
           assert.ok([...train.images].every((image) => !held.has(labels[image]!)));
           assert.equal(train.classes, dataset.identities - held.size);
           for (const part of [train, validation]) {
@@ -772,6 +774,34 @@ describe('splitIdentities', () => {
     assert.equal(of(8000, 1).length, 2 * 200);
     assert.deepEqual(of(400, 1), of(400, 1));
     assert.notDeepEqual(of(400, 1), of(400, 2));
+  });
+
+  it('holds out more where few people have few images, so that there are ten folds of pairs', () => {
+    const of = (people: number, images: number, seed: number) =>
+      splitIdentities(
+        setOf(Int32Array.from({ length: people * images }, (_, i) => Math.floor(i / images))),
+        { seed },
+      ).validation;
+    for (const seed of [1, 2, 3]) {
+      // Two people with 2, 3 and 4 images have 2, 6 and 12 pairs of one person; ten are needed.
+      for (const [images, held] of [
+        [2, 10],
+        [3, 4],
+        [4, 2],
+      ] as const) {
+        const { images: indices, labels } = of(30, images, seed);
+        assert.equal(indices.length, held * images);
+        assert.equal(validationPairs(labels, { pairs: 6000, seed }).same.length % 20, 0);
+      }
+      // A third of 12 is not enough: as many as ever, and the pairs are what is refused.
+      const few = of(12, 2, seed);
+      assert.equal(few.images.length, 4);
+      assert.throws(() => validationPairs(few.labels, { pairs: 6000, seed }), {
+        code: 'ERR_DATA',
+        message:
+          '4 images of 2 identities do not give 10 folds of verification pairs: add images or identities, or set validation to none.',
+      });
+    }
   });
 
   it('says what is missing', () => {

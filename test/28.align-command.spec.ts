@@ -142,7 +142,7 @@ describe('hardmine align', function () {
       several: 0,
       fallback: [],
       withoutFace: [],
-      otherFiles: 1,
+      otherFiles: ['notes.txt'],
       size: '112x112',
       landmarks: at('out', 'landmarks.tsv'),
     });

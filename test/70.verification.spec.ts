@@ -2,7 +2,7 @@ import assert from 'node:assert/strict';
 import type { ErrorCode } from '../src/errors.js';
 import { HardmineError } from '../src/errors.js';
 import { evaluatePairs } from '../src/evaluate/pairs.js';
-import { wilsonInterval } from '../src/evaluate/statistics.js';
+import { mayBeGuessed, wilsonInterval } from '../src/evaluate/statistics.js';
 import {
   bestThreshold,
   type LabelledDistances,
@@ -218,6 +218,17 @@ describe('verification', function () {
         JSON.stringify(change),
       );
     }
+  });
+});
+
+describe('mayBeGuessed', () => {
+  it('is a two-sided test at 5% that the coin is fair', () => {
+    // Of 860 pairs a fair coin gets 430 right, with a standard deviation of sqrt(860) / 2 = 14.66.
+    assert.ok(mayBeGuessed((430 + 1.9 * 14.66) / 860, 860));
+    assert.ok(!mayBeGuessed((430 + 2.0 * 14.66) / 860, 860));
+    assert.ok(mayBeGuessed(0.4, 860));
+    assert.ok(mayBeGuessed(0.9, 4));
+    assert.ok(!mayBeGuessed(0.9, 20));
   });
 });
 

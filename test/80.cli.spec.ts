@@ -453,6 +453,11 @@ describe('command line', function () {
       );
     });
 
+    it('that is to go on where no run is', async () => {
+      const message = await refused(2, ['train', '--resume', '--out', at('refused')]);
+      assert.match(message, /refused holds no run to go on with .*: leave --resume away/);
+    });
+
     it('on a device that is not there', async () => {
       const message = await refused(1, train(at('people'), '--device', 'cuda:99'));
       assert.match(message, /cuda:99/);

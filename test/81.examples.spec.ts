@@ -1,6 +1,6 @@
 // Every program in examples/, as `node examples/x.mjs` runs it without arguments.
 import assert from 'node:assert/strict';
-import { spawn } from 'node:child_process';
+import { spawn, spawnSync } from 'node:child_process';
 import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -179,6 +179,17 @@ describe('the examples', function () {
   for (const [name, check] of Object.entries(CHECKS)) {
     it(name, async () => check(await ends.get(name)!));
   }
+
+  it('say what they take where some of it is missing', () => {
+    const incomplete = ['data-source', 'evaluate-your-way', 'nearest-faces', 'train', 'verify'];
+    for (const name of incomplete.map((name) => `${name}.mjs`)) {
+      const argv = [join(ROOT, 'examples', name), 'a'];
+      const { status, stdout, stderr } = spawnSync(process.execPath, argv, { encoding: 'utf8' });
+      assert.equal(status, 2, stderr);
+      assert.equal(stdout, '');
+      assert.ok(stderr.startsWith(`usage: node ${name} [`), stderr);
+    }
+  });
 
   it('leave nothing behind', () => {
     // ONNX Runtime keeps notes of its own in the temporary folder.

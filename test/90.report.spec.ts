@@ -69,6 +69,17 @@ describe('report', function () {
     assert.equal(new Set(ids).size, ids.length, 'an id stands twice');
   });
 
+  it('says of a result that a coin might give that it may be guessed', async () => {
+    const data = await reportData();
+    const lead = (right: number): string => {
+      const result = { ...judged(0), accuracy: { ...judged(0).accuracy, mean: right }, pairs: 860 };
+      const html = renderReport({ ...data, evaluations: [{ name: 'model', result }] });
+      return /<p class="lead">(.*?)<\/p>/.exec(html)![1]!;
+    };
+    assert.match(lead(0.5267), /^Right on 52\.67% .*\), which guessing may give too\.$/);
+    assert.match(lead(0.6), /^Right on 60\.00% .*\)\.$/);
+  });
+
   it('says whether two models on the same pairs can be told apart, and adds other pairs', async () => {
     const data = await reportData();
     const [model] = data.evaluations;

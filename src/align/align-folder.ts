@@ -50,7 +50,7 @@ export interface AlignFolderResult {
   /** Images without a face, of which there is no crop. */
   withoutFace: string[];
   /** Files in the folder that are no .jpg, .jpeg or .png. */
-  otherFiles: number;
+  otherFiles: string[];
   /** Of this run; null when there was nothing left to do. */
   imagesPerSecond: number | null;
   size: FaceSize;
@@ -287,7 +287,7 @@ function noFace(input: string, images: number): HardmineError {
 async function findPhotographs(
   input: string,
   out: string,
-): Promise<{ root: string; photographs: Photograph[]; otherFiles: number }> {
+): Promise<{ root: string; photographs: Photograph[]; otherFiles: string[] }> {
   let root: string;
   try {
     root = await realpath(input);
@@ -296,7 +296,7 @@ async function findPhotographs(
       return {
         root: dirname(root),
         photographs: [photograph(basename(root), stats)],
-        otherFiles: 0,
+        otherFiles: [],
       };
     }
   } catch (error) {
@@ -309,7 +309,7 @@ async function findPhotographs(
     );
   }
   const photographs: Photograph[] = [];
-  let otherFiles = 0;
+  const otherFiles: string[] = [];
   const walk = async (folder: string, above: readonly string[]): Promise<void> => {
     for (const { name, stats } of await listFolder(folder, root)) {
       const path = join(folder, name);
@@ -325,7 +325,7 @@ async function findPhotographs(
       } else if (stats.isFile() && IMAGE_NAME.test(name)) {
         photographs.push(photograph(relative(root, path), stats));
       } else {
-        otherFiles += 1;
+        otherFiles.push(relative(root, path));
       }
     }
   };

@@ -110,6 +110,6 @@ function describe(out: string, result: AlignFolderResult): string {
   };
   list('no crop', withoutFace);
   list('middle of the image', fallback);
-  if (otherFiles > 0) lines.push(`left out: ${otherFiles} files that are no .jpg, .jpeg or .png`);
+  list('left out, since no .jpg, .jpeg or .png (convert what is a photograph)', otherFiles);
   return lines.join('\n');
 }

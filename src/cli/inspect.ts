@@ -37,7 +37,12 @@ export function inspectCommand(): Command {
         output.note(`${options.contactSheet} is not drawn, since there are no images.`);
       }
       if (options.json) output.json(found);
-      else output.result(describe(found).join('\n'));
+      else {
+        output.result(describe(found).join('\n'));
+        if (options.contactSheet !== undefined && found.images > 0) {
+          output.result(`contact sheet: ${options.contactSheet}`);
+        }
+      }
     });
 }
 

@@ -1,7 +1,10 @@
+import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Command } from 'commander';
 import { resolveConfig } from '../config.js';
 import { readConfigFile } from '../config-file.js';
+import { HardmineError } from '../errors.js';
+import { mayBeGuessed } from '../evaluate/statistics.js';
 import { formatBytes } from '../train/estimate.js';
 import { evaluationFigures } from '../train/evaluation.js';
 import { Trainer } from '../trainer.js';
@@ -49,7 +52,14 @@ async function baseConfig(
   const { out, resume } = given;
   if (file !== undefined) return readConfigFile(file);
   if (resume === true && typeof out === 'string') {
-    return { ...(await readConfigFile(join(out, 'config.json'))), out };
+    const path = join(out, 'config.json');
+    if (!existsSync(path)) {
+      throw new HardmineError(
+        'ERR_CONFIG',
+        `${out} holds no run to go on with (there is no config.json): leave --resume away to begin one, or give the directory of a run as --out`,
+      );
+    }
+    return { ...(await readConfigFile(path)), out };
   }
   return {};
 }
@@ -116,7 +126,8 @@ async function train(config: Record<string, unknown>, options: CommonOptions): P
   try {
     const { plan } = trainer;
     const startedAt = trainer.stepsDone;
-    log.start(plan, startedAt);
+    const report = join(trainer.config.out, 'report.html');
+    log.start(plan, startedAt, report);
     for await (const event of trainer.run({ signal: interrupt.signal })) log.event(event);
     log.end();
     const { out, epochs } = trainer.config;
@@ -149,8 +160,11 @@ async function train(config: Record<string, unknown>, options: CommonOptions): P
       );
     }
     if (log.bestValidation) {
-      const { accuracy, epoch } = log.bestValidation;
-      output.result(`validation  ${percent(accuracy)} on held-out pairs (epoch ${epoch})`);
+      const { accuracy, pairs, epoch } = log.bestValidation;
+      const guess = mayBeGuessed(accuracy, pairs)
+        ? ', which guessing may give too: more people, images or epochs are needed'
+        : '';
+      output.result(`validation  ${percent(accuracy)} on held-out pairs (epoch ${epoch})${guess}`);
     }
     for (const { dataset, accuracy, confidence95 } of log.evaluations) {
       output.result(
@@ -158,6 +172,7 @@ async function train(config: Record<string, unknown>, options: CommonOptions): P
       );
     }
     output.result(`model       ${summary.model}`);
+    output.result(`report      ${report}`);
   } finally {
     log.end();
     await trainer.dispose();

@@ -9,6 +9,10 @@ import type { Restart } from './supervisor.js';
 /** A step's line on a log that is no terminal, at most this often. */
 const LINE_MS = 1000;
 
+/** The progress line without its bar; with a run of hours, or an accuracy of 100%, it still fits. */
+const BESIDE_BAR = 74;
+const [SHORTEST_BAR, LONGEST_BAR] = [6, 24];
+
 /** "1:02:03", or "2:03" below an hour. */
 export function duration(seconds: number): string {
   const whole = Math.max(0, Math.round(seconds));
@@ -34,23 +38,28 @@ export class TrainingLog {
     else if (this.isDue(done === total)) this.line('data', { phase, done, total });
   }
 
-  start(plan: TrainingPlan, step: number): void {
+  /** @param report the page that follows the run */
+  start(plan: TrainingPlan, step: number, report?: string): void {
     this.plan = plan;
     if (!this.terminal) {
       this.line('start', { step, ...plan });
       return;
     }
     process.stderr.write(
-      `\r\x1b[K${plan.images} images of ${plan.identities} identities, ${plan.totalSteps} steps on ${plan.device}, ${plan.precision}, ${plan.threads} threads\n`,
+      `\r\x1b[K${plan.images} images of ${plan.identities} identities, ${plan.totalSteps} steps on ${plan.device}, ${plan.precision}, ${plan.threads} threads\n${report === undefined ? '' : `report: ${report}\n`}`,
     );
     this.bars = new MultiBar(
       {
         stream: process.stderr,
         format:
-          'epoch {epoch} |{bar}| {percentage}% | loss {loss} | accuracy {accuracy} | {speed} img/s | {left} left',
+          // On a narrow terminal the end is cut off, so what matters least stands there.
+          'epoch {epoch} |{bar}| {percentage}% | {left} left | loss {loss} | accuracy {accuracy} | {speed} img/s',
         hideCursor: true,
         gracefulExit: false, // Ctrl-C is ours: the bar runs on until the checkpoint is written
-        barsize: 24,
+        barsize: Math.max(
+          SHORTEST_BAR,
+          Math.min(LONGEST_BAR, (process.stderr.columns || 80) - BESIDE_BAR),
+        ),
       },
       Presets.shades_classic,
     );

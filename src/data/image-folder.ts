@@ -24,7 +24,7 @@ async function scanFolder(path: string, options: DataOptions): Promise<ImageFold
   const loose = entries.find((entry) => entry.stats.isFile() && IMAGE_NAME.test(entry.name));
   if (loose !== undefined) {
     throw dataError(
-      `${join(path, loose.name)} lies outside any identity's folder: an image folder holds one sub-folder per identity with its images.`,
+      `${join(path, loose.name)} lies outside any identity's folder: an image folder holds one sub-folder per identity with its images, so give the folder above, or move the image into a sub-folder.`,
     );
   }
   const folders = entries.filter((entry) => entry.stats.isDirectory());

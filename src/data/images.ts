@@ -30,7 +30,7 @@ function openImage(bytes: Buffer, name: string, maxPixels: number | false = MAX_
     const found = bytes.length === 0 ? 'is empty' : `begins with ${bytes.toString('hex', 0, 4)}`;
     throw new HardmineError(
       'ERR_DATA',
-      `${name} is not a JPEG or PNG image (it ${found}): replace or remove it.`,
+      `${name} is not a JPEG or PNG image (it ${found}): convert, replace or remove it.`,
     );
   }
   return sharp(bytes, { failOn: 'warning', limitInputPixels: maxPixels });

@@ -9,6 +9,9 @@ const STREAM_PAIRS = 2;
 /** A verification needs two people, and so does training. */
 const FEWEST = 2;
 
+/** Of validation pairs. */
+const FOLDS = 10;
+
 export interface IdentitySplit {
   /** `images` index the data set; `labels` are classes 0..classes-1, one for each of `images`. */
   train: { images: Int32Array; labels: Int32Array; classes: number };
@@ -18,7 +21,8 @@ export interface IdentitySplit {
 
 /**
  * Holds out whole identities: round(share * identities), at least 2 and at most `max`, drawn by
- * `seed` among those with two images or more, since the others have no pair of the same person.
+ * `seed` among those with two images or more, since the others have no pair of the same person. Where
+ * these have too few images for validationPairs, further ones follow, up to a third of all identities.
  * @throws ERR_DATA when fewer than two such identities, or fewer than two to train on, would remain
  */
 export function splitIdentities(
@@ -37,7 +41,8 @@ export function splitIdentities(
     );
   }
   const random = new RandomStream(seed, STREAM_IDENTITIES);
-  const held = new Set(random.shuffle(candidates).slice(0, wanted));
+  const drawn = random.shuffle(candidates);
+  const held = new Set(drawn.slice(0, enoughForPairs(drawn, counts, wanted)));
   const newLabel = new Int32Array(identities);
   const sizes = { train: 0, validation: 0 };
   for (let identity = 0; identity < identities; identity += 1) {
@@ -49,6 +54,19 @@ export function splitIdentities(
     return { images: chosen, labels: chosen.map((i) => newLabel[labels[i]!]!) };
   };
   return { train: { ...part(false), classes: sizes.train }, validation: part(true) };
+}
+
+/**
+ * How many of the `drawn` people to hold out: the least number from `wanted` to a third of all that gives
+ * one same and one different pair a fold; `wanted` where none does.
+ */
+function enoughForPairs(drawn: readonly number[], counts: Int32Array, wanted: number): number {
+  const most = Math.min(drawn.length, counts.length - FEWEST, Math.ceil(counts.length / 3));
+  for (let people = wanted; people <= most; people += 1) {
+    const sizes = drawn.slice(0, people).map((identity) => counts[identity]!);
+    if (capacity(sizes) >= FOLDS) return people;
+  }
+  return wanted;
 }
 
 /** Verification pairs: image `a[k]` against `b[k]`, the same person where `same[k]` is 1. */
@@ -75,14 +93,14 @@ export interface VerificationPairs {
  */
 export function validationPairs(
   labels: Int32Array,
-  { pairs, seed, folds = 10 }: { pairs: number; seed: number; folds?: number },
+  { pairs, seed, folds = FOLDS }: { pairs: number; seed: number; folds?: number },
 ): VerificationPairs {
   const random = new RandomStream(seed, STREAM_PAIRS);
   const people = random.shuffle(groupByLabel(labels));
   const wanted = Math.floor(pairs / folds / 2);
 
   const groups = assignFolds(people, folds);
-  const each = Math.min(wanted, ...groups.map((group) => capacity(group)));
+  const each = Math.min(wanted, ...groups.map((group) => capacity(sizesOf(group))));
   if (each > 0) {
     const drawn = groups.map((group) => ({
       same: drawSame(group, each, random),
@@ -91,11 +109,11 @@ export function validationPairs(
     return collect(drawn, true);
   }
 
-  const inAll = Math.min(wanted, Math.floor(capacity(people) / folds));
+  const inAll = Math.min(wanted, Math.floor(capacity(sizesOf(people)) / folds));
   if (inAll < 1) {
     throw new HardmineError(
       'ERR_DATA',
-      `${labels.length} images of ${people.length} identities do not give ${folds} folds of verification pairs: add images or identities.`,
+      `${labels.length} images of ${people.length} identities do not give ${folds} folds of verification pairs: add images or identities, or set validation to none.`,
     );
   }
   const same = random.shuffle(drawSame(people, inAll * folds, random));
@@ -132,19 +150,20 @@ function assignFolds(people: readonly number[][], folds: number): number[][][] {
         : least,
     );
     target.people.push(person);
-    target.pairs += pairsWithin(person);
+    target.pairs += pairsWithin(person.length);
   }
   return groups.map((group) => group.people);
 }
 
-const pairsWithin = (person: readonly number[]): number =>
-  (person.length * (person.length - 1)) / 2;
+const sizesOf = (people: readonly number[][]): number[] => people.map(({ length }) => length);
 
-/** How many same and as many different pairs these people give. */
-function capacity(people: readonly number[][]): number {
-  const images = people.reduce((sum, person) => sum + person.length, 0);
-  const same = people.reduce((sum, person) => sum + pairsWithin(person), 0);
-  return Math.min(same, (images * (images - 1)) / 2 - same);
+const pairsWithin = (images: number): number => (images * (images - 1)) / 2;
+
+/** How many same and as many different pairs people with these numbers of images give. */
+function capacity(sizes: readonly number[]): number {
+  const images = sizes.reduce((sum, size) => sum + size, 0);
+  const same = sizes.reduce((sum, size) => sum + pairsWithin(size), 0);
+  return Math.min(same, pairsWithin(images) - same);
 }
 
 /** `count` pairs within identities, spread over them as evenly as their images allow. */
@@ -152,14 +171,14 @@ function drawSame(people: readonly number[][], count: number, random: RandomStre
   const quota = new Array<number>(people.length).fill(0);
   for (let left = count; left > 0; ) {
     for (const [i, person] of people.entries()) {
-      if (left > 0 && quota[i]! < pairsWithin(person)) {
+      if (left > 0 && quota[i]! < pairsWithin(person.length)) {
         quota[i]! += 1;
         left -= 1;
       }
     }
   }
   return people.flatMap((person, i) =>
-    random.distinct(quota[i]!, pairsWithin(person)).map((index): Pair => {
+    random.distinct(quota[i]!, pairsWithin(person.length)).map((index): Pair => {
       // Pair number j (j - 1) / 2 + k is (j, k), k < j.
       let j = Math.floor((1 + Math.sqrt(1 + 8 * index)) / 2);
       if ((j * (j - 1)) / 2 > index) j -= 1; // the root was rounded up

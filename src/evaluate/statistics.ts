@@ -29,6 +29,10 @@ export function wilsonInterval(successes: number, trials: number): Interval {
   return { low: Math.max(0, centre - half), high: Math.min(1, centre + half) };
 }
 
+/** Whether an accuracy on `pairs` of which half are of one person may be that of a coin. */
+export const mayBeGuessed = (accuracy: number, pairs: number): boolean =>
+  wilsonInterval(accuracy * pairs, pairs).low <= 0.5;
+
 export interface BootstrapInterval extends Interval {
   resamples: number;
   seed: number;

@@ -81,7 +81,7 @@ progress::-webkit-progress-bar{background:var(--rule)}
 progress::-webkit-progress-value{background:var(--s1)}
 progress::-moz-progress-bar{background:var(--s1)}
 footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
-@media (max-width:520px){main{padding:24px 14px 48px}.card{padding:14px 10px 12px}th,td{padding:8px 10px}.pairs{grid-template-columns:1fr 1fr;gap:10px}.pair figcaption{font-size:.72rem;padding:6px 6px 0 10px}}
+@media (max-width:520px){main{padding:24px 14px 48px}.card{padding:14px 10px 12px}th,td{padding:8px 10px}.scroll thead th{white-space:nowrap}.pairs{grid-template-columns:1fr 1fr;gap:10px}.pair figcaption{font-size:.72rem;padding:6px 6px 0 10px}}
 @media print{main{padding:0}.card,.pair,.scroll{break-inside:avoid}}
 ${chartStyle(palette)}
 `;

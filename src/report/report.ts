@@ -1,6 +1,6 @@
 /** report.html: one file that shows what was run, how it went and how good the model is. */
 
-import { mcnemar } from '../evaluate/statistics.js';
+import { mayBeGuessed, mcnemar } from '../evaluate/statistics.js';
 import type { VerificationResult } from '../evaluate/verification.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import {
@@ -182,7 +182,9 @@ export function verdict({
   if (!model) return 'Nothing has been evaluated yet.';
   const { accuracy, confidence95, pairs } = model.result;
   const judged = `Right on ${percent(accuracy.mean)} of ${evaluatedOn ?? `${plainNumber(pairs)} pairs`} (95% interval ${interval(confidence95)})`;
-  if (others.length === 0) return `${judged}.`;
+  if (others.length === 0) {
+    return `${judged}${mayBeGuessed(accuracy.mean, pairs) ? ', which guessing may give too' : ''}.`;
+  }
   const compared = others.map(({ name, result }) => {
     const points = (accuracy.mean - result.accuracy.mean) * 100;
     return `${Math.abs(points).toFixed(1)} points ${points >= 0 ? 'above' : 'below'} ${name} (${percent(result.accuracy.mean)}${significance(model.result, result)})`;
