@@ -236,6 +236,17 @@ describe('command line', function () {
       assert.deepEqual(listed, [...images, images[0]]);
     });
 
+    it('says which files of a folder it leaves out', async () => {
+      const folder = at('mixed');
+      await mkdir(join(folder, 'sub'), { recursive: true });
+      await cp(images[0]!, join(folder, 'sub', 'a.jpg'));
+      for (const name of ['b.heic', 'c.webp']) await writeFile(join(folder, name), 'not looked at');
+      const argv = ['embed', folder, '--model', model, '--out', at('mixed.npy')];
+      const { code, stdout, stderr } = await hardmine(...argv);
+      assert.deepEqual([code, stdout], [0, `${at('mixed.npy')}: 1 x 16\n`], stderr);
+      assert.match(stderr, /mixed\/b\.heic and 1 more left out, .*convert/);
+    });
+
     it('verifies two images by the threshold of the model or one given', async () => {
       const self = await json('verify', images[0]!, images[0]!, '--model', model);
       assert.equal(self['same'], true);

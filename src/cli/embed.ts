@@ -1,6 +1,7 @@
 import { readdir, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import type { Command } from 'commander';
+import { IMAGE_NAME } from '../data/list-folder.js';
 import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { writeNpy } from '../formats/npy.js';
@@ -71,15 +72,23 @@ async function imagesOf(input: string): Promise<string[]> {
     );
   });
   if (!stats.isDirectory()) return [input];
-  const names = await readdir(input, { recursive: true });
-  const images = names
-    .filter((name) => /\.(jpe?g|png)$/i.test(name))
+  const files = (await readdir(input, { recursive: true, withFileTypes: true }))
+    .filter((entry) => !entry.isDirectory())
+    .map((entry) => join(entry.parentPath, entry.name))
     .sort((a, b) => Buffer.compare(Buffer.from(a), Buffer.from(b)));
+  const images = files.filter((path) => IMAGE_NAME.test(path));
   if (images.length === 0) {
     throw new HardmineError(
       'ERR_DATA',
       `${input} holds no .jpg, .jpeg or .png: give another folder`,
     );
   }
-  return images.map((name) => join(input, name));
+  const others = files.filter((path) => !IMAGE_NAME.test(path));
+  if (others.length > 0) {
+    const more = others.length > 1 ? ` and ${others.length - 1} more` : '';
+    output.warning(
+      `${others[0]}${more} left out, since no .jpg, .jpeg or .png: convert what is a photograph`,
+    );
+  }
+  return images;
 }
