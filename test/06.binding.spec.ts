@@ -522,10 +522,10 @@ describe('the native addon', () => {
       const heads = await Promise.all(
         Array.from({ length: 6 }, () => addon.createHead(HEAD, EXECUTION)),
       );
-      const ended = heads.map(async (head) => {
-        await head.setWeights(ramp(CLASSES * DIM), null);
-        await assert.rejects(head.time('step', 64, 1_000_000), { code: 'ERR_DISPOSED' });
-      });
+      await Promise.all(heads.map((head) => head.setWeights(ramp(CLASSES * DIM), null)));
+      const ended = heads.map((head) =>
+        assert.rejects(head.time('step', 64, 1_000_000), { code: 'ERR_DISPOSED' }),
+      );
       assert.ok((await readFile(rec)).length > 0);
       await Promise.all(heads.map((head) => head.dispose()));
       await Promise.all(ended);

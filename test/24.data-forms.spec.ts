@@ -19,7 +19,7 @@ import { packLfwPairs } from '../src/evaluate/lfw-bin.js';
 import { encodeRecord, packedFiles } from '../src/formats/recordio.js';
 import { readVerificationBin, writeVerificationBin } from '../src/formats/verification-bin.js';
 import { loadAddon } from '../src/native.js';
-import { MAIN } from './helpers/cli.js';
+import { MAIN } from './helpers/built.js';
 import { marked, type TableRow, tableRow } from './helpers/ms-celeb.js';
 import { parseImageRecord, readIndex, readRecord } from './helpers/recordio-reader.js';
 import { shared } from './helpers/skip.js';
@@ -825,7 +825,7 @@ describe('forms of data sets', function () {
     );
     assert.equal(
       inspected.stdout,
-      `recordio (insightface): 6 images of 3 identities, ${(await stat(join(folder, 'set.rec'))).size} bytes\nimages per identity: 1 to 3, median 2\nsizes: 112x112 (6)\ndamaged: 0\n`,
+      `recordio (insightface): 6 images of 3 identities, ${(await stat(join(folder, 'set.rec'))).size} bytes\nimages per identity: 1 to 3, median 2\nsizes: 112x112 (6)\ndamaged: 0\ncontact sheet: ${sheet}\n`,
     );
     assert.equal((await sharp(sheet).metadata()).format, 'png');
   });

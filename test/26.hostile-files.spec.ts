@@ -33,7 +33,7 @@ import { writeVerificationBin } from '../src/formats/verification-bin.js';
 import { loadAddon } from '../src/native.js';
 import { findCheckpoint, writeCheckpoint } from '../src/train/checkpoint.js';
 import { RunDirectory } from '../src/train/run-directory.js';
-import { MAIN } from './helpers/cli.js';
+import { MAIN } from './helpers/built.js';
 import { seeded } from './helpers/random.js';
 import { skip } from './helpers/skip.js';
 

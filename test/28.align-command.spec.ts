@@ -26,7 +26,7 @@ import { HardmineError } from '../src/errors.js';
 import type { TensorMap } from '../src/formats/safetensors.js';
 import { FaceModel, writeModel } from '../src/model.js';
 import { loadAddon } from '../src/native.js';
-import { MAIN } from './helpers/cli.js';
+import { MAIN } from './helpers/built.js';
 import { readNpy } from './helpers/npy.js';
 import { shared } from './helpers/skip.js';
 

@@ -17,7 +17,7 @@ import {
   packDataset,
 } from '../src/index.js';
 import { loadAddon } from '../src/native.js';
-import { buildDist, ROOT } from './helpers/built.js';
+import { type Finished, finish, ROOT } from './helpers/built.js';
 import { EXECUTION, IMAGE_BYTES } from './helpers/native-handles.js';
 import { packColours } from './helpers/packed-colours.js';
 
@@ -47,31 +47,14 @@ async function smallModel(): Promise<FaceModel> {
 
 describe('the package', function () {
   this.timeout(300_000);
-  before(buildDist);
-
   /** Runs a program inside the package, where 'hardmine' is the package itself. */
-  function run(
-    program: string,
-    type: 'module' | 'commonjs',
-  ): Promise<{ code: number | null; stdout: string; stderr: string }> {
-    return new Promise((resolve, reject) => {
-      const args = [`--input-type=${type}`, '--eval', program];
-      const child = spawn(process.execPath, args, {
+  const run = (program: string, type: 'module' | 'commonjs'): Promise<Finished> =>
+    finish(
+      spawn(process.execPath, [`--input-type=${type}`, '--eval', program], {
         cwd: ROOT,
         env: { ...process.env, NODE_OPTIONS: '' },
-      });
-      let stdout = '';
-      let stderr = '';
-      child.stdout.on('data', (chunk: Buffer) => {
-        stdout += chunk.toString();
-      });
-      child.stderr.on('data', (chunk: Buffer) => {
-        stderr += chunk.toString();
-      });
-      child.on('error', reject);
-      child.on('close', (code) => resolve({ code, stdout, stderr }));
-    });
-  }
+      }),
+    );
   const weigh = `weightLosses([2], { kind: 'hard-mining' }).gradientWeight[0].toFixed(4)`;
   const quiet = { code: 0, stdout: '1.5000\n', stderr: '' };
 

@@ -17,14 +17,8 @@ import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 import sharp from 'sharp';
 import { readSafetensors, writeSafetensors } from '../src/formats/safetensors.js';
-import { MAIN } from './helpers/cli.js';
+import { type Finished, finish, MAIN } from './helpers/built.js';
 import { drawFaces, IMAGES, PEOPLE, writeFolder, writeLfw } from './helpers/small-training.js';
-
-interface Result {
-  code: number | null;
-  stdout: string;
-  stderr: string;
-}
 
 function start(...argv: string[]): ChildProcess {
   return spawn(process.execPath, [MAIN, ...argv], {
@@ -32,23 +26,7 @@ function start(...argv: string[]): ChildProcess {
   });
 }
 
-async function finish(child: ChildProcess): Promise<Result> {
-  let stdout = '';
-  let stderr = '';
-  child.stdout?.on('data', (chunk: Buffer) => {
-    stdout += chunk.toString();
-  });
-  child.stderr?.on('data', (chunk: Buffer) => {
-    stderr += chunk.toString();
-  });
-  const code = await new Promise<number | null>((resolve, reject) => {
-    child.on('error', reject);
-    child.on('close', resolve);
-  });
-  return { code, stdout, stderr };
-}
-
-const hardmine = (...argv: string[]): Promise<Result> => finish(start(...argv));
+const hardmine = (...argv: string[]): Promise<Finished> => finish(start(...argv));
 
 /** One command line that must succeed with a JSON document on stdout. */
 async function json(...argv: string[]): Promise<Record<string, unknown>> {
@@ -486,7 +464,7 @@ describe('command line', function () {
 
   describe('interrupted', () => {
     /** A run that would take long, sent SIGINT at its first step. */
-    async function interrupt(out: string, times: number): Promise<Result & { ms: number }> {
+    async function interrupt(out: string, times: number): Promise<Finished & { ms: number }> {
       const argv = train(faces, '--epochs', '1000');
       argv[argv.indexOf(at('refused'))] = out;
       const child = start(...argv);

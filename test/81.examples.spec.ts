@@ -4,7 +4,7 @@ import { spawn, spawnSync } from 'node:child_process';
 import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { buildDist, ROOT } from './helpers/built.js';
+import { finish, ROOT } from './helpers/built.js';
 
 /** What an example prints, and that this is so. */
 type Check = (lines: string[]) => void;
@@ -129,27 +129,16 @@ const CHECKS: Record<string, Check> = {
   },
 };
 
-function runExample(name: string, temporary: string): Promise<string[]> {
-  return new Promise((resolve, reject) => {
-    const child = spawn(process.execPath, [join('examples', name)], {
+async function runExample(name: string, temporary: string): Promise<string[]> {
+  const { code, stdout, stderr } = await finish(
+    spawn(process.execPath, [join('examples', name)], {
       cwd: ROOT,
       env: { ...process.env, TMPDIR: temporary, NODE_OPTIONS: '' },
       stdio: ['ignore', 'pipe', 'pipe'],
-    });
-    let stdout = '';
-    let stderr = '';
-    child.stdout.on('data', (chunk: Buffer) => {
-      stdout += chunk.toString();
-    });
-    child.stderr.on('data', (chunk: Buffer) => {
-      stderr += chunk.toString();
-    });
-    child.on('error', reject);
-    child.on('close', (code) => {
-      if (code === 0 && stderr === '') resolve(stdout.trimEnd().split('\n'));
-      else reject(new Error(`${name} ended with ${code}:\n${stdout}\n${stderr}`));
-    });
-  });
+    }),
+  );
+  assert.deepEqual({ code, stderr }, { code: 0, stderr: '' }, `${name}:\n${stdout}`);
+  return stdout.trimEnd().split('\n');
 }
 
 describe('the examples', function () {
@@ -157,7 +146,6 @@ describe('the examples', function () {
   let temporary: string;
   const ends = new Map<string, Promise<string[]>>();
   before(() => {
-    buildDist();
     temporary = mkdtempSync(join(tmpdir(), 'hardmine-examples-'));
     // Two at a time: each leaves a core idle while it starts and writes.
     const names = Object.keys(CHECKS);

@@ -10,7 +10,7 @@ import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { resolveConfig } from '../src/config.js';
 import { readConfigFile } from '../src/config-file.js';
-import { MAIN } from './helpers/cli.js';
+import { MAIN } from './helpers/built.js';
 import { drawFaces, writeFolder } from './helpers/small-training.js';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));

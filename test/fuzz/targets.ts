@@ -13,7 +13,6 @@ import { type ImageSource, withoutIdentities } from '../../src/data/image-source
 import { decodeImage, decodePhotograph } from '../../src/data/images.js';
 import { msCelebSource } from '../../src/data/ms-celeb.js';
 import { openPacked, openRecords } from '../../src/data/packed-set.js';
-import { readCfpLists } from '../../src/evaluate/cfp.js';
 import { parseLfwPairs } from '../../src/evaluate/lfw.js';
 import { findVideos, parseYtfSplits } from '../../src/evaluate/ytf.js';
 import { readNpyMatrix, readNpyObject } from '../../src/formats/npy.js';
@@ -244,47 +243,24 @@ export const TARGETS: Readonly<Record<string, Target>> = {
     words: ['\n', ',', '1,2', '../Data/Images/', '/frontal/', '/profile/', '.jpg', '../..', '\0'],
     open: async (folder) => {
       const lists = join(folder, 'Protocol');
-      for (const kind of ['FF', 'FP']) {
-        mkdirSync(join(lists, 'Split', kind, '01'), { recursive: true });
-      }
-      const write = (name: string, bytes: Buffer) => writeFileSync(join(lists, name), bytes);
-      return {
-        async read(input) {
-          const [frontal, profile, same, different] = parts(input, 4);
-          write('Pair_list_F.txt', frontal!);
-          write('Pair_list_P.txt', profile!);
-          for (const kind of ['FF', 'FP']) {
-            write(`Split/${kind}/01/same.txt`, same!);
-            write(`Split/${kind}/01/diff.txt`, different!);
-          }
-          const { set } = await openEvaluationSet({ kind: 'cfp', path: folder, protocol: lists });
-          await set.dispose();
-        },
-      };
-    },
-  },
-
-  'cfp-lists': {
-    corpus: 'cfp',
-    words: ['\n', ',', '1,2', '../Data/Images/', '/frontal/', '/profile/', '.jpg', '../..', '\0'],
-    open: async (folder) => {
       const folds = ['FF', 'FP'].flatMap((kind) =>
         Array.from({ length: 10 }, (_, fold) => {
-          const path = join(folder, 'Split', kind, String(fold + 1).padStart(2, '0'));
+          const path = join(lists, 'Split', kind, String(fold + 1).padStart(2, '0'));
           mkdirSync(path, { recursive: true });
           return path;
         }),
       );
       return {
-        read(input) {
+        async read(input) {
           const [frontal, profile, same, different] = parts(input, 4);
-          writeFileSync(join(folder, 'Pair_list_F.txt'), frontal!);
-          writeFileSync(join(folder, 'Pair_list_P.txt'), profile!);
+          writeFileSync(join(lists, 'Pair_list_F.txt'), frontal!);
+          writeFileSync(join(lists, 'Pair_list_P.txt'), profile!);
           for (const fold of folds) {
             writeFileSync(join(fold, 'same.txt'), same!);
             writeFileSync(join(fold, 'diff.txt'), different!);
           }
-          return readCfpLists(folder);
+          const { set } = await openEvaluationSet({ kind: 'cfp', path: folder, protocol: lists });
+          await set.dispose();
         },
       };
     },

@@ -2,7 +2,7 @@
 import { type ChildProcess, spawn } from 'node:child_process';
 import { readFile } from 'node:fs/promises';
 import { createInterface } from 'node:readline';
-import { MAIN } from './cli.js';
+import { MAIN } from './built.js';
 
 /** A line of a training log that is no terminal's. */
 export interface LogLine {
