@@ -39,7 +39,7 @@ class CpuBackend : public Backend {
     const onednn::Bf16Support bf16 = onednn::bf16_support();
     DeviceInfo device;
     device.name = cpu_model();
-    const MachineMemory memory = machine_memory();
+    const Memory memory = memory_of_process();
     device.memory_bytes = memory.total_bytes;
     device.free_bytes = memory.available_bytes;
     device.threads = physical_cores();

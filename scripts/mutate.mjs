@@ -236,7 +236,8 @@ async function mocha(tree, tests) {
 function copyTree(folder) {
   const tree = join(folder, 'tree');
   mkdirSync(tree);
-  for (const name of ['src', 'test', 'scripts', 'package.json', 'tsconfig.json', '.mocharc.json']) {
+  const copied = ['src', 'test', 'scripts', 'npm', 'package.json', 'package-lock.json'];
+  for (const name of [...copied, 'tsconfig.json', '.mocharc.json']) {
     cpSync(join(ROOT, name), join(tree, name), { recursive: true });
   }
   for (const name of ['node_modules', 'build']) symlinkSync(join(ROOT, name), join(tree, name));

@@ -434,27 +434,38 @@ export class Trainer {
     this.begin();
     const { config, feed, plan, disk, deviceMemory, news } = this.parts;
     const left = plan.totalSteps - this.step;
-    let tried = 0;
-    let [steps, ms] = [0, 0];
-    while (tried < left && ms < ESTIMATE_MS) {
-      throwIfAborted(signal, 'the estimate');
-      const perCall: number = stepsPerCall(steps > 0 ? ms / steps : null, left - tried);
-      const settings = Array.from({ length: perCall }, (_, i) =>
-        stepSettings(config, this.step + tried + i, plan.stepsPerEpoch),
-      );
-      const startMs = performance.now();
-      await feed.train(settings);
-      // The first step is slower than the others, so it counts only where it is the only one.
-      if (tried === 1) [steps, ms] = [0, 0];
-      steps += perCall;
-      ms += performance.now() - startMs;
-      tried += perCall;
-    }
-    if (steps === 0)
+    if (left === 0) {
       throw new HardmineError(
         'ERR_INPUT',
         `${config.out} is finished: no step is left to estimate; give more epochs`,
       );
+    }
+    const cancel = () => feed.cancel();
+    signal?.addEventListener('abort', cancel);
+    let tried = 0;
+    let [steps, ms] = [0, 0];
+    try {
+      while (tried < left && ms < ESTIMATE_MS) {
+        throwIfAborted(signal, 'the estimate');
+        const perCall: number = stepsPerCall(steps > 0 ? ms / steps : null, left - tried);
+        const settings = Array.from({ length: perCall }, (_, i) =>
+          stepSettings(config, this.step + tried + i, plan.stepsPerEpoch),
+        );
+        const startMs = performance.now();
+        await feed.train(settings);
+        this.disposal.signal.throwIfAborted();
+        // The first step is slower than the others, so it counts only where it is the only one.
+        if (tried === 1) [steps, ms] = [0, 0];
+        steps += perCall;
+        ms += performance.now() - startMs;
+        tried += perCall;
+      }
+      throwIfAborted(signal, 'the estimate');
+    } catch (error) {
+      throw this.disposal.signal.aborted ? disposedError(error) : error;
+    } finally {
+      signal?.removeEventListener('abort', cancel);
+    }
     return {
       ...disk,
       imagesPerSecond: (1000 * config.batch * steps) / ms,

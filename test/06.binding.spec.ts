@@ -171,8 +171,12 @@ describe('the native addon', () => {
       'ERR_DEVICE_OOM',
       /^The margin head needs 35\d{12} bytes more and \d+ are available: use .* fewer classes/,
     );
-    const many = { ...SESSION, batch: 1_000_000 };
-    await fails(() => addon.createSession(many, EXECUTION), 'ERR_DEVICE_OOM', /bytes more/);
+    const network = { ...NETWORK, embedding: most.dim };
+    await fails(
+      () => addon.createSession({ ...SESSION, classes: most.classes, network }, EXECUTION),
+      'ERR_DEVICE_OOM',
+      /^The margin head needs 35\d{12} bytes more/,
+    );
   });
 
   describe('arguments', () => {

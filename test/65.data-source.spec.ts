@@ -309,32 +309,37 @@ describe('training from a source of one’s own', function () {
       await assert.rejects(run.next(), { code: 'ERR_DISPOSED' });
     });
 
-    for (const how of ['signal', 'dispose'] as const) {
-      it(`though it waits for an image that does not come, by ${how}`, async () => {
-        let asked = (): void => undefined;
-        const waits = new Promise<void>((resolve) => {
-          asked = resolve;
+    const works = {
+      run: async (trainer: Trainer, signal: AbortSignal) => {
+        for await (const _ of trainer.run({ signal }));
+      },
+      estimate: (trainer: Trainer, signal: AbortSignal) => trainer.estimate({ signal }),
+    };
+    for (const [name, work] of Object.entries(works)) {
+      for (const how of ['signal', 'dispose'] as const) {
+        it(`though ${name}() waits for an image that does not come, by ${how}`, async () => {
+          let asked = (): void => undefined;
+          const waits = new Promise<void>((resolve) => {
+            asked = resolve;
+          });
+          const given = source({
+            async *samples() {
+              yield pick(0);
+              asked();
+              await new Promise(() => undefined);
+            },
+          });
+          const controller = new AbortController();
+          const trainer = await Trainer.create(config({ data: given }));
+          const code = how === 'signal' ? 'ERR_ABORTED' : 'ERR_DISPOSED';
+          const ended = assert.rejects(work(trainer, controller.signal), { code });
+          await waits;
+          if (how === 'signal') controller.abort();
+          else await trainer.dispose();
+          await ended;
+          await trainer.dispose();
         });
-        const given = source({
-          async *samples() {
-            yield pick(0);
-            asked();
-            await new Promise(() => undefined);
-          },
-        });
-        const controller = new AbortController();
-        const trainer = await Trainer.create(config({ data: given }));
-        const drain = (async () => {
-          for await (const _ of trainer.run({ signal: controller.signal }));
-        })();
-        const code = how === 'signal' ? 'ERR_ABORTED' : 'ERR_DISPOSED';
-        const ended = assert.rejects(drain, { code });
-        await waits;
-        if (how === 'signal') controller.abort();
-        else await trainer.dispose();
-        await ended;
-        await trainer.dispose();
-      });
+      }
     }
   });
 });

@@ -48,7 +48,7 @@ describe('the published packages', function () {
     const { status, stdout, stderr } = spawnSync(command, args, {
       cwd: folder,
       encoding: 'utf8',
-      env: { PATH, HOME, HARDMINE_TEST: '1' },
+      env: { PATH, HOME },
     });
     return { status, stdout, stderr };
   };

@@ -1,8 +1,8 @@
-import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import type { Command } from 'commander';
 import { resolveConfig } from '../config.js';
 import { readConfigFile } from '../config-file.js';
+import { exists } from '../data/files.js';
 import { HardmineError } from '../errors.js';
 import { mayBeGuessed } from '../evaluate/statistics.js';
 import { formatBytes } from '../train/estimate.js';
@@ -53,7 +53,7 @@ async function baseConfig(
   if (file !== undefined) return readConfigFile(file);
   if (resume === true && typeof out === 'string') {
     const path = join(out, 'config.json');
-    if (!existsSync(path)) {
+    if (!(await exists(path))) {
       throw new HardmineError(
         'ERR_CONFIG',
         `${out} holds no run to go on with (there is no config.json): leave --resume away to begin one, or give the directory of a run as --out`,
@@ -64,14 +64,23 @@ async function baseConfig(
   return {};
 }
 
+function openTrainer(
+  config: Record<string, unknown>,
+  log: TrainingLog,
+  signal: AbortSignal,
+): Promise<Trainer> {
+  // The schema inside Trainer.create is what checks it.
+  return Trainer.create(config as Parameters<typeof Trainer.create>[0], {
+    onProgress: (progress) => log.preparing(progress),
+    signal,
+  });
+}
+
 async function dryRun(config: Record<string, unknown>, options: CommonOptions): Promise<void> {
   using interrupt = stopOnInterrupt('the dry run ends');
   const { signal } = interrupt;
   const log = new TrainingLog();
-  const trainer = await Trainer.create(config as Parameters<typeof Trainer.create>[0], {
-    onProgress: (progress) => log.preparing(progress),
-    signal,
-  });
+  const trainer = await openTrainer(config, log, signal);
   try {
     const { plan, stepsDone } = trainer;
     const estimate = await trainer.estimate({ signal });
@@ -118,11 +127,7 @@ async function train(config: Record<string, unknown>, options: CommonOptions): P
     });
   }
   const log = new TrainingLog();
-  // The schema inside Trainer.create is what checks it.
-  const trainer = await Trainer.create(config as Parameters<typeof Trainer.create>[0], {
-    onProgress: (progress) => log.preparing(progress),
-    signal: interrupt.signal,
-  });
+  const trainer = await openTrainer(config, log, interrupt.signal);
   try {
     const { plan } = trainer;
     const startedAt = trainer.stepsDone;

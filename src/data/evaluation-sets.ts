@@ -12,6 +12,7 @@ import {
   type ImageFile,
   type ImageSet,
 } from './image-source.js';
+import { mapBounded } from './images.js';
 import { IMAGE_NAME, listFolder } from './list-folder.js';
 import type { EvaluationSet } from './recognise.js';
 
@@ -117,14 +118,12 @@ async function openCfp(
   const people = [...new Set(images.map(personOf))].sort();
   const numbers = new Map(people.map((name, number) => [name, number]));
   const files: ImageFile[] = [];
-  for (const [i, file] of paths.entries()) {
-    if (file === null) continue;
-    files.push({
-      name: relative(root, file),
-      identity: numbers.get(personOf(images[i]!))!,
-      bytes: (await stat(file)).size,
-    });
-  }
+  await mapBounded([...paths.entries()], async ([i, file]) => {
+    if (file === null) return;
+    const { size } = await stat(file);
+    const identity = numbers.get(personOf(images[i]!))!;
+    files.push({ name: relative(root, file), identity, bytes: size });
+  });
   files.sort((a, b) => (a.name < b.name ? -1 : 1));
   const set = { ...fileSet(root, files, people), title: path };
   const frontal = images.filter((image) => image.includes('/frontal/')).length;
