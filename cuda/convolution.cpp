@@ -20,10 +20,9 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr size_t kCandidates = 8;   // timed per shape
-constexpr int kTimedRuns = 5;       // of which the median counts
 constexpr int64_t kAlignment = 16;  // bytes, promised for every tensor
 
-enum Tensor : int64_t { kX = 1, kW = 2, kY = 3 };
+enum Tensor : int64_t { kX = 1, kW = 2, kY = 3, kSum = 4, kSquares = 5 };
 
 cudnn::DataType data_type(Precision precision) {
   switch (precision) {
@@ -42,6 +41,8 @@ const char* name_of(ConvolutionPass pass) {
   switch (pass) {
     case ConvolutionPass::forward:
       return "forward";
+    case ConvolutionPass::forward_with_sums:
+      return "forward with sums";
     case ConvolutionPass::data_gradient:
       return "data gradient";
     default:
@@ -58,6 +59,7 @@ Operation operation_of(ConvolutionPass pass) {
   using cudnn::Attribute;
   switch (pass) {
     case ConvolutionPass::forward:
+    case ConvolutionPass::forward_with_sums:
       return {cudnn::DescriptorType::operation_convolution_forward,
               Attribute::convolution_forward_alpha,
               Attribute::convolution_forward_beta,
@@ -82,6 +84,17 @@ Operation operation_of(ConvolutionPass pass) {
               Attribute::convolution_backward_filter_dw,
               Attribute::convolution_backward_filter_dy};
   }
+}
+
+std::string describe(const ConvolutionShape& s, ConvolutionPass pass) {
+  const auto map = [&](int64_t size, int64_t channels) {
+    return "[" + std::to_string(s.batch) + ", " + std::to_string(size) + ", " +
+           std::to_string(size) + ", " + std::to_string(channels) + "]";
+  };
+  return std::string("the ") + name_of(pass) + " of a convolution " +
+         map(s.in_size, s.in_channels) + " -> " + map(s.out_size, s.out_channels) + ", kernel " +
+         std::to_string(s.kernel) + ", stride " + std::to_string(s.stride) + ", padding " +
+         std::to_string(s.padding) + ", " + name_of(s.precision);
 }
 
 bool tf32_allowed() {
@@ -198,7 +211,7 @@ class ConvolutionPlan::Descriptor {
 
 // The pointers of one use of a plan.
 struct ConvolutionPlan::Pack {
-  void *x, *w, *y, *workspace;
+  ConvolutionMaps maps;
   Descriptor descriptor;
 };
 
@@ -230,11 +243,21 @@ Convolutions::Convolutions(const Cudnn& library, std::string device_properties)
 
 Convolutions::~Convolutions() = default;
 
-ConvolutionPlan& Convolutions::plan(const ConvolutionShape& shape, ConvolutionPass pass) {
+ConvolutionPlan* Convolutions::find_plan(const ConvolutionShape& shape, ConvolutionPass pass) {
   const Key key{shape, pass};
-  if (const auto found = plans_.find(key); found != plans_.end()) return *found->second;
+  if (const auto found = plans_.find(key); found != plans_.end()) return found->second.get();
   std::unique_ptr<ConvolutionPlan> plan(new ConvolutionPlan(*this, key));
-  return *plans_.emplace(key, std::move(plan)).first->second;
+  if (plan->candidates_.empty()) return nullptr;
+  return plans_.emplace(key, std::move(plan)).first->second.get();
+}
+
+ConvolutionPlan& Convolutions::plan(const ConvolutionShape& shape, ConvolutionPass pass) {
+  if (ConvolutionPlan* found = find_plan(shape, pass); found != nullptr) return *found;
+  throw Error(codes::kBackend, "cuDNN " + version_text(cudnn_.get_version()) + " has no " +
+                                   (choice_.deterministic ? "deterministic " : "") + "engine for " +
+                                   describe(shape, pass) + " within " +
+                                   mebibytes(choice_.workspace_limit) +
+                                   " of workspace; `npm run setup:cuda` brings a newer one.");
 }
 
 std::string Convolutions::engines() const {
@@ -246,15 +269,7 @@ std::string Convolutions::engines() const {
 ConvolutionPlan::~ConvolutionPlan() = default;
 
 std::string ConvolutionPlan::describe() const {
-  const ConvolutionShape& s = key_.shape;
-  const auto map = [&](int64_t size, int64_t channels) {
-    return "[" + std::to_string(s.batch) + ", " + std::to_string(size) + ", " +
-           std::to_string(size) + ", " + std::to_string(channels) + "]";
-  };
-  return std::string("the ") + name_of(key_.pass) + " of a convolution " +
-         map(s.in_size, s.in_channels) + " -> " + map(s.out_size, s.out_channels) + ", kernel " +
-         std::to_string(s.kernel) + ", stride " + std::to_string(s.stride) + ", padding " +
-         std::to_string(s.padding) + ", " + name_of(s.precision);
+  return cuda::describe(key_.shape, key_.pass);
 }
 
 std::string ConvolutionPlan::cache_key() const {
@@ -262,8 +277,9 @@ std::string ConvolutionPlan::cache_key() const {
          "; " + (owner_.tf32_ ? "" : "no TF32; ") + describe();
 }
 
-// The operation and all it is made of; the last descriptor is the graph.
-std::vector<ConvolutionPlan::Descriptor> ConvolutionPlan::build_graph() const {
+// Fills graph_ with the operations and all they are made of. False where this cuDNN knows no such
+// graph, which only sums may come to.
+bool ConvolutionPlan::build_graph() {
   using cudnn::Attribute;
   using cudnn::AttributeType;
   using cudnn::DescriptorType;
@@ -272,25 +288,25 @@ std::vector<ConvolutionPlan::Descriptor> ConvolutionPlan::build_graph() const {
   const std::string what = describe();
 
   // Dimensions are NCHW whatever the order in memory, which is NHWC (and OHWI).
-  const auto tensor = [&](int64_t id, int64_t n, int64_t c, int64_t size) {
+  const auto tensor = [&](int64_t id, cudnn::DataType type, int64_t n, int64_t c, int64_t size) {
     Descriptor made(library, DescriptorType::tensor);
     made.set(Attribute::tensor_unique_id, AttributeType::int64, id);
-    made.set(Attribute::tensor_data_type, AttributeType::data_type, data_type(s.precision));
+    made.set(Attribute::tensor_data_type, AttributeType::data_type, type);
     made.set(Attribute::tensor_byte_alignment, AttributeType::int64, kAlignment);
     made.set(Attribute::tensor_dimensions, std::array<int64_t, 4>{n, c, size, size});
     made.set(Attribute::tensor_strides, std::array<int64_t, 4>{size * size * c, 1, size * c, c});
     made.finalise(what);
     return made;
   };
-  std::vector<Descriptor> made;
-  made.reserve(6);  // references into it stay good
+  graph_.reserve(9);  // references into it stay good
   const auto keep = [&](Descriptor descriptor) -> Descriptor& {
-    made.push_back(std::move(descriptor));
-    return made.back();
+    graph_.push_back(std::move(descriptor));
+    return graph_.back();
   };
-  const Descriptor& x = keep(tensor(kX, s.batch, s.in_channels, s.in_size));
-  const Descriptor& w = keep(tensor(kW, s.out_channels, s.in_channels, s.kernel));
-  const Descriptor& y = keep(tensor(kY, s.batch, s.out_channels, s.out_size));
+  const cudnn::DataType type = data_type(s.precision);
+  const Descriptor& x = keep(tensor(kX, type, s.batch, s.in_channels, s.in_size));
+  const Descriptor& w = keep(tensor(kW, type, s.out_channels, s.in_channels, s.kernel));
+  const Descriptor& y = keep(tensor(kY, type, s.batch, s.out_channels, s.out_size));
 
   Descriptor& convolution = keep(Descriptor(library, DescriptorType::convolution));
   convolution.set(Attribute::convolution_compute_type, AttributeType::data_type,
@@ -316,13 +332,31 @@ std::vector<ConvolutionPlan::Descriptor> ConvolutionPlan::build_graph() const {
   operation.set(pass.w, w);
   operation.set(pass.y, y);
   operation.finalise(what);
+  std::vector<cudnn::Descriptor> operations{operation.get()};
+
+  if (key_.pass == ConvolutionPass::forward_with_sums) {
+    const auto fp32 = cudnn::DataType::fp32;
+    const Descriptor& sum = keep(tensor(kSum, fp32, 1, s.out_channels, 1));
+    const Descriptor& squares = keep(tensor(kSquares, fp32, 1, s.out_channels, 1));
+    Descriptor& sums = keep(Descriptor(library, DescriptorType::operation_statistics));
+    sums.set(Attribute::statistics_mode, AttributeType::statistics_mode,
+             cudnn::StatisticsMode::sum_and_squares);
+    sums.set(Attribute::statistics_compute_type, AttributeType::data_type, fp32);
+    sums.set(Attribute::statistics_x, y);
+    sums.set(Attribute::statistics_sum, sum);
+    sums.set(Attribute::statistics_squares, squares);
+    if (!sums.finalise_if_supported(what)) return false;
+    operations.push_back(sums.get());
+  }
 
   Descriptor& graph = keep(Descriptor(library, DescriptorType::operation_graph));
   if (owner_.handle_ != nullptr)
     graph.set(Attribute::operation_graph_handle, AttributeType::handle, owner_.handle_.get());
-  graph.set(Attribute::operation_graph_operations, operation);
+  graph.set(Attribute::operation_graph_operations, AttributeType::descriptor, operations.data(),
+            static_cast<int64_t>(operations.size()));
+  if (key_.pass == ConvolutionPass::forward_with_sums) return graph.finalise_if_supported(what);
   graph.finalise(what);
-  return made;
+  return true;
 }
 
 // Appends what the heuristic offers and this plan may use, until there is enough to choose from.
@@ -416,24 +450,18 @@ ConvolutionPlan::ConvolutionPlan(Convolutions& owner, const Convolutions::Key& k
                             static_cast<int64_t>(json.size()));
     device_properties_->finalise("the properties of a GPU");
   }
-  graph_ = build_graph();
-  const auto search = [&] {
-    add_candidates(cudnn::HeuristicMode::a);
-    add_candidates(cudnn::HeuristicMode::fallback);
-  };
+  if (!build_graph()) return;
   if (!owner.choice_.deterministic) wanted_ = read_cache(cache_key());
-  search();
+  find_candidates();
   if (candidates_.empty() && !wanted_.empty()) {  // the cache names what is no longer offered
     wanted_.clear();
-    search();
+    find_candidates();
   }
-  if (candidates_.empty()) {
-    throw Error(codes::kBackend, "cuDNN " + version_text(owner.cudnn_.get_version()) + " has no " +
-                                     (owner.choice_.deterministic ? "deterministic " : "") +
-                                     "engine for " + describe() + " within " +
-                                     mebibytes(owner.choice_.workspace_limit) +
-                                     " of workspace; `npm run setup:cuda` brings a newer one.");
-  }
+}
+
+void ConvolutionPlan::find_candidates() {
+  add_candidates(cudnn::HeuristicMode::a);
+  add_candidates(cudnn::HeuristicMode::fallback);
 }
 
 size_t ConvolutionPlan::workspace_bytes() const {
@@ -446,23 +474,27 @@ const std::string& ConvolutionPlan::id() const {
   return candidates_.front().id;
 }
 
-void ConvolutionPlan::run_candidate(Candidate& candidate, void* x, void* w, void* y,
-                                    void* workspace) {
+void ConvolutionPlan::run_candidate(Candidate& candidate, const ConvolutionMaps& maps) {
   const Cudnn& library = owner_.cudnn_;
-  auto pack = std::find_if(candidate.packs.begin(), candidate.packs.end(), [&](const Pack& p) {
-    return p.x == x && p.w == w && p.y == y && p.workspace == workspace;
-  });
+  auto pack = std::find_if(candidate.packs.begin(), candidate.packs.end(),
+                           [&](const Pack& p) { return p.maps == maps; });
   if (pack == candidate.packs.end()) {
     using cudnn::Attribute;
     using cudnn::AttributeType;
     Descriptor made(library, cudnn::DescriptorType::variant_pack);
-    const std::array<void*, 3> pointers{x, w, y};
-    made.set(Attribute::variant_pack_unique_ids, std::array<int64_t, 3>{kX, kW, kY});
+    std::vector<int64_t> ids{kX, kW, kY};
+    std::vector<void*> pointers{maps.x, maps.w, maps.y};
+    if (key_.pass == ConvolutionPass::forward_with_sums) {
+      ids.insert(ids.end(), {kSum, kSquares});
+      pointers.insert(pointers.end(), {maps.sums, maps.sums + key_.shape.out_channels});
+    }
+    const auto count = static_cast<int64_t>(ids.size());
+    made.set(Attribute::variant_pack_unique_ids, AttributeType::int64, ids.data(), count);
     made.set(Attribute::variant_pack_data_pointers, AttributeType::void_pointer, pointers.data(),
-             static_cast<int64_t>(pointers.size()));
-    made.set(Attribute::variant_pack_workspace, AttributeType::void_pointer, workspace);
+             count);
+    made.set(Attribute::variant_pack_workspace, AttributeType::void_pointer, maps.workspace);
     made.finalise("the pointers of a convolution");
-    candidate.packs.push_back({x, w, y, workspace, std::move(made)});
+    candidate.packs.push_back({maps, std::move(made)});
     pack = std::prev(candidate.packs.end());
   }
   const cudnn::Status status =
@@ -470,29 +502,13 @@ void ConvolutionPlan::run_candidate(Candidate& candidate, void* x, void* w, void
   if (status != cudnn::Status::success) check(library, status, describe());
 }
 
-double ConvolutionPlan::milliseconds(Candidate& candidate, void* x, void* w, void* y,
-                                     void* workspace) {
-  const cudaStream_t stream = owner_.stream_->get();
-  const Event start(Timing::on), stop(Timing::on);
-  std::array<double, kTimedRuns> times{};
-  run_candidate(candidate, x, w, y, workspace);  // loads the kernel
-  for (double& time : times) {
-    start.record(stream);
-    run_candidate(candidate, x, w, y, workspace);
-    stop.record(stream);
-    stop.synchronize();
-    time = stop.milliseconds_since(start);
-  }
-  std::nth_element(times.begin(), times.begin() + kTimedRuns / 2, times.end());
-  return times[kTimedRuns / 2];
-}
-
-void ConvolutionPlan::choose(void* x, void* w, void* y, void* workspace) {
+void ConvolutionPlan::choose(const ConvolutionMaps& maps) {
   if (candidates_.size() > 1) {
     size_t best = 0;
     double best_time = 0;
     for (size_t i = 0; i < candidates_.size(); ++i) {
-      const double time = milliseconds(candidates_[i], x, w, y, workspace);
+      const double time =
+          median_milliseconds(*owner_.stream_, [&] { run_candidate(candidates_[i], maps); });
       if (i == 0 || time < best_time) {
         best = i;
         best_time = time;
@@ -505,8 +521,8 @@ void ConvolutionPlan::choose(void* x, void* w, void* y, void* workspace) {
   }
 }
 
-void ConvolutionPlan::run(void* x, void* w, void* y, void* workspace) {
-  run_candidate(candidates_.front(), x, w, y, workspace);
+void ConvolutionPlan::run(const ConvolutionMaps& maps) {
+  run_candidate(candidates_.front(), maps);
 }
 
 }  // namespace hardmine::cuda

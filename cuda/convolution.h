@@ -2,7 +2,8 @@
 // 16- or 32-bit type, sums in fp32. fp32 is multiplied as TF32 unless NVIDIA_TF32_OVERRIDE=0 is in
 // the environment.
 //
-// Each (shape, pass) is a graph of one operation. The heuristic (mode A, then the fallback list)
+// Each (shape, pass) is a graph of one operation, or two where a forward pass also sums what a
+// batch-norm after it wants. The heuristic (mode A, then the fallback list)
 // gives engine configurations. With `deterministic`, the first in the heuristic's order that has no
 // nondeterministic note and fits the workspace limit runs; else the fastest of the first few, timed
 // once on the session's own buffers and kept on disk under cuDNN's version, the GPU, the driver and
@@ -31,8 +32,24 @@ struct ConvolutionShape {
   auto operator<=>(const ConvolutionShape&) const = default;
 };
 
-// y = x * w; dx from dy and w; dw from x and dy.
-enum class ConvolutionPass : uint8_t { forward, data_gradient, weight_gradient };
+// y = x * w; the same with the sums of y and of y^2 of every channel over all pixels, in the same
+// kernel (cuDNN has it for fp16 only on Hopper); dx from dy and w; dw from x and dy.
+enum class ConvolutionPass : uint8_t {
+  forward,
+  forward_with_sums,
+  data_gradient,
+  weight_gradient,
+};
+
+// What a plan works on. x [batch, in, in, in_channels], w [out_channels, kernel, kernel,
+// in_channels] and y [batch, out, out, out_channels], gradients in their places, all 16-byte
+// aligned.
+struct ConvolutionMaps {
+  void *x, *w, *y, *workspace;
+  float* sums = nullptr;  // [2, out_channels], sums and squares, of forward_with_sums alone
+
+  bool operator==(const ConvolutionMaps&) const = default;
+};
 
 // How plans are picked.
 struct ConvolutionChoice {
@@ -55,8 +72,11 @@ class Convolutions {
   Convolutions(const Convolutions&) = delete;
   Convolutions& operator=(const Convolutions&) = delete;
 
-  // The plan of a shape, the same object each time; it lives as long as this.
+  // The plan of a shape, the same object each time; it lives as long as this. Throws
+  // codes::kBackend where cuDNN has no engine for it.
   ConvolutionPlan& plan(const ConvolutionShape& shape, ConvolutionPass pass);
+  // Null where it has none.
+  ConvolutionPlan* find_plan(const ConvolutionShape& shape, ConvolutionPass pass);
   // Every plan's shape and id, in a fixed order.
   std::string engines() const;
 
@@ -77,8 +97,6 @@ class Convolutions {
   std::map<Key, std::unique_ptr<ConvolutionPlan>> plans_;
 };
 
-// Pointers are to x [batch, in, in, in_channels], w [out_channels, kernel, kernel, in_channels] and
-// y [batch, out, out, out_channels], gradients in their places, all 16-byte aligned.
 class ConvolutionPlan {
  public:
   ~ConvolutionPlan();
@@ -86,9 +104,9 @@ class ConvolutionPlan {
   size_t workspace_bytes() const;
   // Before the first run and outside a capture, once memory is there: settles which candidate runs.
   // Where that takes timing, it waits for the stream and overwrites the pass's result.
-  void choose(void* x, void* w, void* y, void* workspace);
+  void choose(const ConvolutionMaps& maps);
   // Enqueues. Pointers that were run before cost no allocation.
-  void run(void* x, void* w, void* y, void* workspace);
+  void run(const ConvolutionMaps& maps);
   // Engine and knobs of what runs, "eng34_k2=5_k24=1".
   const std::string& id() const;
 
@@ -98,10 +116,10 @@ class ConvolutionPlan {
   struct Candidate;
   struct Pack;
   ConvolutionPlan(Convolutions& owner, const Convolutions::Key& key);
-  std::vector<Descriptor> build_graph() const;
+  bool build_graph();
   void add_candidates(cudnn::HeuristicMode mode);
-  void run_candidate(Candidate& candidate, void* x, void* w, void* y, void* workspace);
-  double milliseconds(Candidate& candidate, void* x, void* w, void* y, void* workspace);
+  void find_candidates();
+  void run_candidate(Candidate& candidate, const ConvolutionMaps& maps);
   std::string describe() const;
   std::string cache_key() const;
 

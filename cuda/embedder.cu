@@ -49,8 +49,8 @@ class FoldedNetworkOf : public FoldedNetwork {
                                            workspace_bytes_);
     for (size_t i = 0; i < layers_.size(); ++i) {
       if (weights_[i].plan != nullptr)
-        weights_[i].plan->choose(input_of(layers_[i]), weights_[i].values,
-                                 maps_[static_cast<size_t>(layers_[i].last())], workspace_);
+        weights_[i].plan->choose({input_of(layers_[i]), weights_[i].values,
+                                  maps_[static_cast<size_t>(layers_[i].last())], workspace_});
     }
   }
 
@@ -158,7 +158,7 @@ class FoldedNetworkOf : public FoldedNetwork {
       return;
     }
     T* y = maps_[static_cast<size_t>(layer.last())];
-    weights.plan->run(input_of(layer), weights.values, y, workspace_);
+    weights.plan->run({input_of(layer), weights.values, y, workspace_});
     apply_affine(bias, batch_ * node.out_size * node.out_size, node.out_channels, y,
                  last.residual < 0 ? static_cast<const T*>(nullptr) : map(last.residual), y, relu,
                  stream_.get());

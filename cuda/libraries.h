@@ -32,6 +32,7 @@ enum class Status : int {
 enum class DataType : int { fp32 = 0, fp16 = 2, bf16 = 9 };
 enum class ConvolutionMode : int { convolution = 0, cross_correlation = 1 };
 enum class HeuristicMode : int { fallback = 2, a = 3 };
+enum class StatisticsMode : int { sum_and_squares = 0 };
 
 enum class NumericalNote : int {
   tensor_core = 0,
@@ -49,6 +50,7 @@ enum class DescriptorType : int {
   operation_convolution_forward = 10,
   operation_convolution_backward_filter = 11,
   operation_convolution_backward_data = 12,
+  operation_statistics = 14,
   operation_graph = 15,
   variant_pack = 16,
   tensor = 17,
@@ -66,6 +68,7 @@ enum class AttributeType : int {
   knob_type = 9,
   numerical_note = 11,
   descriptor = 15,
+  statistics_mode = 16,
   character = 24,
 };
 
@@ -106,6 +109,11 @@ enum class Attribute : int {
   convolution_backward_filter_dw = 715,
   convolution_backward_filter_x = 716,
   convolution_backward_filter_dy = 717,
+  statistics_mode = 770,
+  statistics_compute_type = 771,
+  statistics_x = 772,
+  statistics_sum = 773,
+  statistics_squares = 774,
   operation_graph_handle = 800,
   operation_graph_operations = 801,
   tensor_byte_alignment = 900,

@@ -71,8 +71,10 @@ struct Output {
 struct Work {
   int weight = -1, bias = -1;  // indices of its parameters
   ConvolutionPlan* forward = nullptr;
+  ConvolutionPlan* forward_with_sums = nullptr;  // where cuDNN has one and a batch-norm follows
   ConvolutionPlan* data = nullptr;
   ConvolutionPlan* weights = nullptr;
+  float* sums = nullptr;  // of the convolution's output, where they come with it: also its norm's
   BatchNorm norm{};
   BatchNormGradient norm_gradient{};
   uint8_t* where = nullptr;      // max_pool
@@ -125,6 +127,7 @@ class NetworkOf : public TrainingNetwork {
       : nodes_(std::move(nodes)),
         batch_(batch),
         precision_(precision),
+        deterministic_(deterministic),
         stream_(stream),
         convolutions_(libraries.cudnn, stream,
                       {.deterministic = deterministic, .device = device_and_driver()}),
@@ -138,7 +141,12 @@ class NetworkOf : public TrainingNetwork {
 
   const std::vector<Node>& nodes() const override { return nodes_; }
   const std::vector<TensorInfo>& tensors() const override { return tensors_; }
-  std::string engines() const override { return convolutions_.engines(); }
+  std::string engines() const override {
+    std::string text = convolutions_.engines();
+    for (size_t i = 0; i < nodes_.size(); ++i)
+      if (work_[i].sums != nullptr) text += "; " + nodes_[i].name + " with sums";
+    return text;
+  }
 
   void layout_state(Arena& arena) override {
     for (Parameter& of : parameters_) {
@@ -155,7 +163,8 @@ class NetworkOf : public TrainingNetwork {
     loss_scale_ = arena.take<LossScale>(1);
     workspace_bytes_ = product_workspace_bytes(compute_major());
     for (const Work& work : work_)
-      for (const ConvolutionPlan* plan : {work.forward, work.data, work.weights})
+      for (const ConvolutionPlan* plan :
+           {work.forward, work.forward_with_sums, work.data, work.weights})
         if (plan != nullptr) workspace_bytes_ = std::max(workspace_bytes_, plan->workspace_bytes());
     workspace_ = arena.take<char>(static_cast<int64_t>(workspace_bytes_));
   }
@@ -184,12 +193,13 @@ class NetworkOf : public TrainingNetwork {
       if (work.forward == nullptr) continue;
       void* w = parameters_[static_cast<size_t>(work.weight)].operand();
       void* dw = parameters_[static_cast<size_t>(work.weight)].gradient;
-      work.forward->choose(input_of(i), w, outputs_[i].values, workspace_);
-      work.weights->choose(input_of(i), dw, outputs_[i].values, workspace_);
-      if (work.data != nullptr) {
-        work.data->choose(work.dx.values, w, outputs_[i].values, workspace_);
-      }
+      work.forward->choose(forward_maps(i));
+      work.weights->choose({input_of(i), dw, outputs_[i].values, workspace_});
+      if (work.data != nullptr)
+        work.data->choose({work.dx.values, w, outputs_[i].values, workspace_});
     }
+    for (size_t i = 0; i < nodes_.size(); ++i)
+      if (nodes_[i].op == Op::batch_norm) choose_statistics(i);
     write_tables();
     run_forward();
     run_backward();
@@ -394,6 +404,13 @@ class NetworkOf : public TrainingNetwork {
         statistics_.push_back({node.name + ".running_mean", node.out_channels});
         statistics_.push_back({node.name + ".running_var", node.out_channels});
         norm_shapes_.emplace_back(outputs_[i].rows, node.out_channels);
+        // In fp16, the one type that cuDNN has them for on Hopper. Which is faster may differ from
+        // run to run, and with it the bits.
+        const Node& before = nodes_[static_cast<size_t>(node.input)];
+        if (before.op == Op::convolution && precision_ == Precision::fp16 && !deterministic_) {
+          work_[static_cast<size_t>(node.input)].forward_with_sums = convolutions_.find_plan(
+              convolution_shape(before, batch_, precision_), ConvolutionPass::forward_with_sums);
+        }
         break;
       }
       case Op::linear:
@@ -444,6 +461,7 @@ class NetworkOf : public TrainingNetwork {
         work.operand = arena.take<T>(output.count());
         break;
       case Op::convolution:
+        if (work.forward_with_sums != nullptr) work.sums = arena.take<float>(2 * output.channels);
         break;
     }
   }
@@ -517,8 +535,7 @@ class NetworkOf : public TrainingNetwork {
       void* y = outputs_[i].values;
       switch (node.op) {
         case Op::convolution:
-          work.forward->run(input_of(i), parameters_[static_cast<size_t>(work.weight)].operand(), y,
-                            workspace_);
+          run_convolution(i);
           break;
         case Op::batch_norm:
           if (outputs_[i].vector) {
@@ -560,9 +577,9 @@ class NetworkOf : public TrainingNetwork {
       switch (node.op) {
         case Op::convolution: {
           Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
-          work.weights->run(input_of(i), weight.gradient, work.dy[0].values, workspace_);
+          work.weights->run({input_of(i), weight.gradient, work.dy[0].values, workspace_});
           if (work.data != nullptr)
-            work.data->run(work.dx.values, weight.operand(), work.dy[0].values, workspace_);
+            work.data->run({work.dx.values, weight.operand(), work.dy[0].values, workspace_});
           break;
         }
         case Op::batch_norm:
@@ -608,14 +625,55 @@ class NetworkOf : public TrainingNetwork {
         1, work.operand, weight.operand(), 0, work.dx.values);
   }
 
+  ConvolutionMaps forward_maps(size_t i) {
+    Parameter& weight = parameters_[static_cast<size_t>(work_[i].weight)];
+    return {input_of(i), weight.operand(), outputs_[i].values, workspace_, work_[i].sums};
+  }
+
+  void run_convolution(size_t i) {
+    const Work& work = work_[i];
+    (work.sums != nullptr ? work.forward_with_sums : work.forward)->run(forward_maps(i));
+  }
+
+  // Statistics of batch-norm i's input.
+  template <typename N>
+  void run_statistics(size_t i) {
+    const Work& work = work_[i];
+    const float* sums = work_[static_cast<size_t>(nodes_[i].input)].sums;
+    if (sums != nullptr) {
+      batch_statistics_from_sums(work.norm, sums, stream_.get());
+    } else {
+      batch_statistics(work.norm, static_cast<const N*>(input_of(i)), scratch_, stream_.get());
+    }
+  }
+
+  // Whether batch-norm i's statistics come with the convolution before it or from its output:
+  // whichever is faster, the two kernels together.
+  void choose_statistics(size_t i) {
+    const auto from = static_cast<size_t>(nodes_[i].input);
+    Work& convolution = work_[from];
+    if (convolution.forward_with_sums == nullptr) return;
+    convolution.forward_with_sums->choose(forward_maps(from));
+    const auto time = [&] {
+      return median_milliseconds(stream_, [&] {
+        run_convolution(from);
+        run_statistics<T>(i);
+      });
+    };
+    const double with_sums = time();
+    float* sums = std::exchange(convolution.sums, nullptr);
+    if (with_sums < time()) convolution.sums = sums;
+  }
+
   template <typename N>
   void run_batch_norm(size_t i) {
     const Node& node = nodes_[i];
+    run_statistics<N>(i);
     const void* residual =
         node.residual < 0 ? nullptr : outputs_[static_cast<size_t>(node.residual)].values;
     batch_norm_forward(work_[i].norm, static_cast<const N*>(input_of(i)),
                        static_cast<const N*>(residual), static_cast<N*>(outputs_[i].values),
-                       node.activation == Activation::relu, scratch_, stream_.get());
+                       node.activation == Activation::relu, stream_.get());
   }
 
   template <typename N>
@@ -698,6 +756,7 @@ class NetworkOf : public TrainingNetwork {
   std::vector<Node> nodes_;
   int64_t batch_;
   Precision precision_;
+  bool deterministic_;
   const Stream& stream_;
   Convolutions convolutions_;
   CublasLt cublas_lt_;

@@ -1,5 +1,7 @@
 #include "cuda/runtime.h"
 
+#include <algorithm>
+#include <array>
 #include <cstdio>
 #include <exception>
 
@@ -147,6 +149,21 @@ CapturedGraph::CapturedGraph(const Stream& stream, const std::function<void()>& 
   check(cudaGraphInstantiate(&executable, captured, 0), "cudaGraphInstantiate");
   graph_ = Owned<cudaGraphExec_t, cudaGraphExecDestroy>(executable);
   check(cudaGraphUpload(executable, stream.get()), "cudaGraphUpload");
+}
+
+double median_milliseconds(const Stream& stream, const std::function<void()>& enqueue) {
+  const Event start(Timing::on), stop(Timing::on);
+  std::array<double, 5> times{};
+  enqueue();
+  for (double& time : times) {
+    start.record(stream.get());
+    enqueue();
+    stop.record(stream.get());
+    stop.synchronize();
+    time = stop.milliseconds_since(start);
+  }
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2];
 }
 
 void CapturedGraph::launch(const Stream& stream) const {

@@ -83,6 +83,10 @@ class Event {
   friend class Stream;
 };
 
+// Milliseconds that the work takes which `enqueue` puts on the stream: the median of five runs
+// after one that loads its kernels. Waits for the stream.
+double median_milliseconds(const Stream& stream, const std::function<void()>& enqueue);
+
 // Work that was enqueued once and is launched many times. Pointers, shapes and values given to
 // kernels are those of the capture.
 class CapturedGraph {

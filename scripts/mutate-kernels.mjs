@@ -216,8 +216,15 @@ const BUGS = [
     bug: 'batch-norm: the biased variance in the running one',
     unit: 'network',
     file: 'cuda/kernels/batch_norm.cuh',
-    from: '(squares / (count - 1.0F) - running_variance.at[i]);',
-    to: '(squares / count - running_variance.at[i]);',
+    from: '(squares.at[i] / (count - 1.0F) - running_variance.at[i]);',
+    to: '(squares.at[i] / count - running_variance.at[i]);',
+  },
+  {
+    bug: 'batch-norm: the mean of squares taken for the variance, of sums that came with the map',
+    unit: 'network',
+    file: 'cuda/kernels/batch_norm.cuh',
+    from: 'squares.at[i] = positive(static_cast<float>(squares.at[i] - sum * average));',
+    to: '',
   },
   {
     bug: 'batch-norm: the mean of the gradient not taken away',

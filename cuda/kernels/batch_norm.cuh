@@ -12,7 +12,9 @@
 // channels; one applies. Deviations are summed from the block's first row, and the blocks' means
 // and squared deviations are merged around the first block's mean, so that nothing cancels however
 // large the mean is. The mean is subtracted from x before the scale is applied, for the same
-// reason.
+// reason. Where the convolution before it has already summed x and x^2 over the map, in the kernel
+// that wrote it, the first kernel forward is one of a few threads that finishes the channels; then
+// variance = mean(x^2) - mean^2, which cancels where a mean is thousands of deviations wide.
 //
 // Never stored: x^, the normalised map before the residual or the ReLU, and the masked gradient
 // unless a residual wants it. The mask is recomputed from x by the expression of the forward pass;
@@ -133,6 +135,34 @@ __device__ inline float positive(float x) {
   return x < 0.0F ? 0.0F : x;
 }
 
+// What the forward and the backward pass want of neighbouring channels, from their means and
+// squared deviations over all rows.
+template <int width>
+__device__ void finish_channels(const BatchNorm& norm, int64_t channel,
+                                const Pack<float, width>& mean, const Pack<float, width>& squares) {
+  const auto count = static_cast<float>(norm.rows);
+  constexpr auto kMomentum = static_cast<float>(kBatchNormMomentum);
+  // All loads before the first store, which they could otherwise not pass.
+  Pack<float, width> running_mean = load<width>(norm.running_mean + channel);
+  Pack<float, width> running_variance = load<width>(norm.running_variance + channel);
+  Pack<float, width> scale, inverse;
+#pragma unroll
+  for (int i = 0; i < width; ++i) scale.at[i] = 1;
+  if (norm.gamma != nullptr) scale = load<width>(norm.gamma + channel);
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    inverse.at[i] = 1.0F / sqrtf(squares.at[i] / count + static_cast<float>(kBatchNormEpsilon));
+    scale.at[i] *= inverse.at[i];
+    running_mean.at[i] += kMomentum * (mean.at[i] - running_mean.at[i]);
+    running_variance.at[i] += kMomentum * (squares.at[i] / (count - 1.0F) - running_variance.at[i]);
+  }
+  store(norm.mean + channel, mean);
+  store(norm.inverse_deviation + channel, inverse);
+  store(norm.scale + channel, scale);
+  store(norm.running_mean + channel, running_mean);
+  store(norm.running_variance + channel, running_variance);
+}
+
 // Per-channel mean and squared deviations; the last block of a column finishes its channels.
 template <typename T, int width>
 __global__ void __launch_bounds__(kTileThreads, 2)
@@ -195,30 +225,32 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   }
   sum_lanes<SumTag>(t, at.lane, sums);
   if (!at.active || at.lane != 0) return;
-  const auto count = static_cast<float>(t.rows);
-  constexpr auto kMomentum = static_cast<float>(kBatchNormMomentum);
-  // All loads before the first store, which they could otherwise not pass.
-  Pack<float, width> running_mean = load<width>(norm.running_mean + at.channel);
-  Pack<float, width> running_variance = load<width>(norm.running_variance + at.channel);
-  Pack<float, width> scale, mean, inverse;
-#pragma unroll
-  for (int i = 0; i < width; ++i) scale.at[i] = 1;
-  if (norm.gamma != nullptr) scale = load<width>(norm.gamma + at.channel);
 #pragma unroll
   for (int i = 0; i < width; ++i) {
-    const float shift = sums[0].at[i] / count;
-    const float squares = positive(sums[1].at[i] - sums[0].at[i] * shift);
-    mean.at[i] = origin.at[i] + shift;
-    inverse.at[i] = 1.0F / sqrtf(squares / count + static_cast<float>(kBatchNormEpsilon));
-    scale.at[i] *= inverse.at[i];
-    running_mean.at[i] += kMomentum * (mean.at[i] - running_mean.at[i]);
-    running_variance.at[i] += kMomentum * (squares / (count - 1.0F) - running_variance.at[i]);
+    const float shift = sums[0].at[i] / static_cast<float>(t.rows);
+    sums[1].at[i] = positive(sums[1].at[i] - sums[0].at[i] * shift);
+    sums[0].at[i] = origin.at[i] + shift;
   }
-  store(norm.mean + at.channel, mean);
-  store(norm.inverse_deviation + at.channel, inverse);
-  store(norm.scale + at.channel, scale);
-  store(norm.running_mean + at.channel, running_mean);
-  store(norm.running_variance + at.channel, running_variance);
+  finish_channels(norm, at.channel, sums[0], sums[1]);
+}
+
+// The same from sums [2, channels] of x and of x^2; a thread has `width` channels.
+template <int width>
+__global__ void __launch_bounds__(kTileThreads)
+    statistics_from_sums_kernel(BatchNorm norm, const float* __restrict__ sums) {
+  const int64_t channel = (int64_t{blockIdx.x} * kTileThreads + threadIdx.x) * width;
+  if (channel >= norm.channels) return;
+  Pack<float, width> mean = load<width>(sums + channel);
+  Pack<float, width> squares = load<width>(sums + norm.channels + channel);
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    // In double, so that nothing but the sums' own rounding is lost.
+    const double sum = mean.at[i];
+    const double average = sum / static_cast<double>(norm.rows);
+    squares.at[i] = positive(static_cast<float>(squares.at[i] - sum * average));
+    mean.at[i] = static_cast<float>(average);
+  }
+  finish_channels(norm, channel, mean, squares);
 }
 
 // y = activation(scale (x - mean) + shift + residual); y may be x or the residual.
@@ -387,17 +419,33 @@ void apply_affine(const Affine& affine, int64_t rows, int64_t channels, const T*
   });
 }
 
-// By the batch's statistics, which also move the running ones. y may be the residual, not x, which
-// the backward pass reads.
+// What the batch says of each channel, which also moves the running statistics: from the map, or
+// from the sums of x and of x^2 [2, channels].
 template <typename T>
-void batch_norm_forward(const BatchNorm& norm, const T* x, const T* residual, T* y, bool relu,
-                        const BatchNormScratch& scratch, cudaStream_t stream) {
+void batch_statistics(const BatchNorm& norm, const T* x, const BatchNormScratch& scratch,
+                      cudaStream_t stream) {
   with_vector_width<T>(norm.channels, [&](auto width) {
     const Tiling t = tile<width()>(norm.rows, norm.channels, kReductionBlocks);
     launch("batch_statistics", &batch_statistics_kernel<T, width()>, t.grid(), kTileThreads, stream,
            norm, t, x, scratch.values, scratch.values + norm.channels * t.row_blocks,
            scratch.arrivals);
   });
+}
+inline void batch_statistics_from_sums(const BatchNorm& norm, const float* sums,
+                                       cudaStream_t stream) {
+  with_vector_width<float>(norm.channels, [&](auto width) {
+    constexpr int64_t kBlockChannels = int64_t{kTileThreads} * width();
+    const int64_t blocks = (norm.channels + kBlockChannels - 1) / kBlockChannels;
+    launch("statistics_from_sums", &statistics_from_sums_kernel<width()>,
+           static_cast<unsigned>(blocks), kTileThreads, stream, norm, sums);
+  });
+}
+
+// By the statistics that one of the two above has left in `norm`. y may be the residual, not x,
+// which the backward pass reads.
+template <typename T>
+void batch_norm_forward(const BatchNorm& norm, const T* x, const T* residual, T* y, bool relu,
+                        cudaStream_t stream) {
   apply_affine({norm.mean, norm.scale, norm.beta}, norm.rows, norm.channels, x, residual, y, relu,
                stream);
 }

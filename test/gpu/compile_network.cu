@@ -13,7 +13,8 @@ void instantiate() {
   using namespace hardmine::cuda;
   load_images<T>(nullptr, nullptr, {}, 1, 112, nullptr, nullptr);
   const BatchNorm norm{.rows = 2, .channels = 64};
-  batch_norm_forward<T>(norm, nullptr, nullptr, nullptr, true, {}, nullptr);
+  batch_statistics<T>(norm, nullptr, {}, nullptr);
+  batch_norm_forward<T>(norm, nullptr, nullptr, nullptr, true, nullptr);
   batch_norm_backward<T>(norm, {}, nullptr, nullptr, true, nullptr, nullptr, nullptr, {}, nullptr);
   max_pool<T>({}, nullptr, nullptr, nullptr, nullptr);
   max_pool_backward<T>({}, nullptr, nullptr, nullptr, nullptr, nullptr);
@@ -30,6 +31,7 @@ void instantiate_all() {
   instantiate<float>();
   instantiate<__half>();
   instantiate<__nv_bfloat16>();
+  hardmine::cuda::batch_statistics_from_sums({.rows = 2, .channels = 64}, nullptr, nullptr);
   hardmine::cuda::column_sums(nullptr, 1, 1, nullptr, nullptr);
   hardmine::cuda::update_loss_scale(nullptr, nullptr);
 }

@@ -29,7 +29,8 @@ struct Counts {
   int passed = 0, failed = 0;
 };
 
-// Every pass that the network trains with, at one batch size.
+// Every pass that the network trains with, at one batch size; and how many layers have a forward pass
+// with sums, which may be none.
 void ask(const cuda::Cudnn& library, const std::string& properties, const std::vector<Node>& nodes,
          int64_t batch, Precision precision, Counts& counts) {
   using Question = std::pair<cuda::ConvolutionShape, ConvolutionPass>;
@@ -42,7 +43,7 @@ void ask(const cuda::Cudnn& library, const std::string& properties, const std::v
     if (node.input >= 0) questions.insert({shape, ConvolutionPass::data_gradient});
   }
   cuda::Convolutions convolutions(library, properties);
-  size_t workspace = 0;
+  size_t workspace = 0, forward = 0, with_sums = 0;
   for (const auto& [shape, pass] : questions) {
     try {
       workspace = std::max(workspace, convolutions.plan(shape, pass).workspace_bytes());
@@ -51,12 +52,16 @@ void ask(const cuda::Cudnn& library, const std::string& properties, const std::v
       std::cout << error.what() << '\n';
       ++counts.failed;
     }
+    if (pass != ConvolutionPass::forward) continue;
+    ++forward;
+    if (convolutions.find_plan(shape, ConvolutionPass::forward_with_sums) != nullptr) ++with_sums;
   }
   std::cout << (precision == Precision::fp16   ? "fp16"
                 : precision == Precision::bf16 ? "bf16"
                                                : "fp32")
             << ", batch " << batch << ": " << questions.size() << " passes, at most "
-            << cuda::mebibytes(workspace) << " of workspace\n";
+            << cuda::mebibytes(workspace) << " of workspace; sums come with " << with_sums << " of "
+            << forward << " forward passes\n";
 }
 
 int run(const std::string& file) {

@@ -136,7 +136,12 @@ const std::vector<Rule>& rules() {
       {D::operation_convolution_backward_filter, A::convolution_backward_filter_dy, T::descriptor,
        1},
       {D::operation_graph, A::operation_graph_handle, T::handle, 1, false},
-      {D::operation_graph, A::operation_graph_operations, T::descriptor, 1},
+      {D::operation_statistics, A::statistics_mode, T::statistics_mode, 1},
+      {D::operation_statistics, A::statistics_compute_type, T::data_type, 1},
+      {D::operation_statistics, A::statistics_x, T::descriptor, 1},
+      {D::operation_statistics, A::statistics_sum, T::descriptor, 1},
+      {D::operation_statistics, A::statistics_squares, T::descriptor, 1},
+      {D::operation_graph, A::operation_graph_operations, T::descriptor, 0},
       {D::device_properties, A::device_properties_json, T::character, 0},
       {D::engine_heuristic, A::heuristic_operation_graph, T::descriptor, 1},
       {D::engine_heuristic, A::heuristic_mode, T::heuristic_mode, 1},
@@ -241,6 +246,7 @@ struct Problem {
   Tensor x{}, w{}, y{};
   int64_t stride = 1, padding = 0;
   double alpha = 1, beta = 0;
+  std::optional<Tensor> sum{}, squares{};  // of a forward pass, together
 };
 
 std::optional<Pass> pass_of(const Node& operation) {
@@ -285,8 +291,36 @@ Problem problem_of(const Node& operation) {
   return p;
 }
 
+int64_t operations_of(const Node& graph) {
+  return graph.values.at(Attribute::operation_graph_operations).count;
+}
+
 Problem problem_of_graph(const Node& graph) {
-  return problem_of(graph.node(Attribute::operation_graph_operations));
+  Problem p = problem_of(graph.node(Attribute::operation_graph_operations));
+  if (operations_of(graph) == 2) {
+    const Node& sums = graph.node(Attribute::operation_graph_operations, 1);
+    p.sum = tensor_of(sums.node(Attribute::statistics_sum));
+    p.squares = tensor_of(sums.node(Attribute::statistics_squares));
+  }
+  return p;
+}
+
+// Why a second operation does not follow the first; empty where it does.
+std::string fault_of_sums(const Node& convolution, const Node& sums) {
+  using A = Attribute;
+  if (sums.type != DescriptorType::operation_statistics ||
+      convolution.type != DescriptorType::operation_convolution_forward)
+    return "a graph that the fake does not know";
+  const Problem p = problem_of(convolution);
+  if (tensor_of(sums.node(A::statistics_x)).id != p.y.id) return "sums of another tensor";
+  if (sums.get<cudnn::DataType>(A::statistics_compute_type) != cudnn::DataType::fp32)
+    return "sums that are not fp32";
+  for (const A result : {A::statistics_sum, A::statistics_squares}) {
+    const Tensor tensor = tensor_of(sums.node(result));
+    if (tensor.type != Type::fp32 || tensor.n != 1 || tensor.c != p.y.c || tensor.size != 1)
+      return "sums that are not a number for each channel";
+  }
+  return {};
 }
 
 // Why a descriptor with all its attributes is wrong; empty when it is right.
@@ -329,9 +363,14 @@ std::string fault_of(const Node& node) {
     if (p.y.size != (p.x.size + 2 * p.padding - p.w.size) / p.stride + 1)
       return "a result of " + std::to_string(p.y.size) + " pixels";
   }
-  if (node.type == DescriptorType::operation_graph &&
-      !pass_of(node.node(A::operation_graph_operations)))
-    return "a graph that the fake does not know";
+  if (node.type == DescriptorType::operation_graph) {
+    const Node& first = node.node(A::operation_graph_operations);
+    if (!pass_of(first) || operations_of(node) > 2) return "a graph that the fake does not know";
+    if (operations_of(node) == 2) {
+      const std::string fault = fault_of_sums(first, node.node(A::operation_graph_operations, 1));
+      if (!fault.empty()) return fault;
+    }
+  }
   if (node.type == DescriptorType::device_properties) {
     const std::vector<char>& json = node.values.at(A::device_properties_json).bytes;
     if (json.front() != '{' || json.back() != '}') return "properties that are no JSON";
@@ -356,6 +395,11 @@ CudnnStatus finalise(cudnn::Descriptor descriptor) {
                     "attribute " + number(rule.attribute) + " is missing");
   const std::string fault = fault_of(node);
   if (!fault.empty()) return refuse(CudnnStatus::bad_parameter, fault);
+  if (node.type == DescriptorType::engine_heuristic) {
+    const Problem p = problem_of_graph(node.node(Attribute::heuristic_operation_graph));
+    if (p.sum && p.y.type != Type::fp16)
+      return refuse(CudnnStatus::not_supported, "sums of a type that is not fp16");
+  }
   if (node.type == DescriptorType::execution_plan) {
     ++fakes().plans_built;
     const Node& config = node.node(Attribute::execution_plan_engine_config);
@@ -371,12 +415,15 @@ size_t workspace_of(int64_t engine) {
   return engine == 7 ? 4096 : engine == 9 ? size_t{1} << 30 : 0;
 }
 double microseconds_of(int64_t engine) {
+  if (engine == 5) return fakes().options.sums_microseconds;
   return engine == 9 ? 1 : engine == 2 ? 5 : engine == 7 ? 10 : 50;
 }
 
 std::vector<int64_t> engines_of(const Node& heuristic) {
   const bool fallback = heuristic.get<cudnn::HeuristicMode>(Attribute::heuristic_mode) ==
                         cudnn::HeuristicMode::fallback;
+  if (operations_of(heuristic.node(Attribute::heuristic_operation_graph)) == 2)
+    return fallback ? std::vector<int64_t>{} : std::vector<int64_t>{5};
   if (fakes().options.only_nondeterministic)
     return fallback ? std::vector<int64_t>{} : std::vector<int64_t>{2};
   return fallback ? std::vector<int64_t>{0, 2} : std::vector<int64_t>{2, 7, 9, 11};
@@ -539,6 +586,8 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
   void* w = pointer(p.w);
   void* y = pointer(p.y);
   void* x = pointer(p.x);
+  void* sum = p.sum ? pointer(*p.sum) : nullptr;
+  void* squares = p.squares ? pointer(*p.squares) : nullptr;
   if (missing) return refuse(CudnnStatus::bad_parameter, "a tensor without a pointer");
   void* workspace = pack.get<void*>(Attribute::variant_pack_workspace);
   const size_t workspace_bytes = workspace_of(plan.engine);
@@ -557,6 +606,18 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
         void* to = p.pass == Pass::forward ? y : p.pass == Pass::data ? x : w;
         for (size_t i = 0; i < out.size(); ++i)
           store(to, result.type, i, p.alpha * out[i] * (noisy ? noise(result.type) : 1));
+        if (!p.sum) return;
+        // Of what was not rounded yet, as the real kernel's accumulators.
+        const auto channels = static_cast<size_t>(p.y.c);
+        std::vector<double> sums(channels), square_sums(channels);
+        for (size_t i = 0; i < out.size(); ++i) {
+          sums[i % channels] += out[i];
+          square_sums[i % channels] += out[i] * out[i];
+        }
+        for (size_t c = 0; c < channels; ++c) {
+          store(sum, Type::fp32, c, sums[c]);
+          store(squares, Type::fp32, c, square_sums[c]);
+        }
       },
       microseconds_of(plan.engine));
   return CudnnStatus::success;

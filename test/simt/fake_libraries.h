@@ -10,9 +10,10 @@
 //              eng9, fastest, 1 GiB of workspace;
 //              eng11, whose plan is never supported;
 //   fallback:  eng0, slowest, deterministic, no workspace.
-// It makes no handle without a device, but plans for one whose properties it is given. The fake
-// cuBLASLt picks an algorithm with noise in its last bit when in-place split sums are allowed, and
-// refuses operands less aligned than its preference promised.
+// A forward pass with sums is another graph, of fp16 alone as on Hopper, and has one engine: eng5,
+// no workspace, mode A. It makes no handle without a device, but plans for one whose properties it
+// is given. The fake cuBLASLt picks an algorithm with noise in its last bit when in-place split
+// sums are allowed, and refuses operands less aligned than its preference promised.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,8 @@ struct FakeOptions {
   size_t cudnn_version = 92400;
   size_t cublas_lt_version = 130100;
   bool only_nondeterministic = false;
-  std::string without{};  // a function that the libraries lack
+  double sums_microseconds = 4;  // of eng5: less than eng2's 5, and a kernel follows either
+  std::string without{};         // a function that the libraries lack
 };
 
 // Owned by a test, one at a time.

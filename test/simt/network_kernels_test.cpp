@@ -210,9 +210,11 @@ TEST_CASE_TEMPLATE("batch-norm: forward, running statistics and backward", T, OP
 
       // Twice: the counters of the first launch must serve the second, and running statistics move
       // on.
-      for (int pass = 0; pass < 2; ++pass)
+      for (int pass = 0; pass < 2; ++pass) {
+        cuda::batch_statistics<T>(f.norm(), x.data(), f.scratch(), nullptr);
         cuda::batch_norm_forward<T>(f.norm(), x.data(), c.residual ? residual.data() : nullptr,
-                                    y.data(), c.relu, f.scratch(), nullptr);
+                                    y.data(), c.relu, nullptr);
+      }
       const NormReference r = reference_norm(s, x_values, f.gamma_or_null(), f.beta_values,
                                              c.residual ? &residual_values : nullptr, c.relu);
       check_close(values_of(f.mean), r.mean, kSumError, kSumError, "mean");
@@ -279,14 +281,51 @@ TEST_CASE_TEMPLATE("batch-norm: forward, running statistics and backward", T, OP
   }
 }
 
+TEST_CASE("batch-norm: statistics from sums that came with the map") {
+  for (const Shape& s : {Shape{2, 8}, Shape{7, 25}, Shape{100, 1500}}) {
+    for (const bool fixed_scale : {false, true}) {
+      CAPTURE(s.rows);
+      CAPTURE(s.channels);
+      NormFixture<float> f(s, fixed_scale);
+      Vector x = normal(s.count(), 13, 1, 2), sums(2 * s.width());
+      for (size_t i = 0; i < s.count(); i += s.width()) x[i] = 0.25;  // one that does not vary
+      for (size_t i = 0; i < s.count(); ++i) {
+        sums[i % s.width()] += x[i];
+        sums[s.width() + i % s.width()] += x[i] * x[i];
+      }
+      Array<float> given(sums, "sums");
+      cuda::batch_statistics_from_sums(f.norm(), given.data(), nullptr);
+      const NormReference r =
+          reference_norm(s, x, f.gamma_or_null(), f.beta_values, nullptr, false);
+      const auto n = static_cast<double>(s.rows);
+      Vector inverse, scale, running_mean, running_variance;
+      for (size_t c = 0; c < s.width(); ++c) {
+        inverse.push_back(1 / std::sqrt(r.variance[c] + 1e-5));
+        scale.push_back(inverse[c] * (fixed_scale ? 1 : f.gamma_values[c]));
+        running_mean.push_back(0.1 * r.mean[c]);
+        running_variance.push_back(0.9 + 0.1 * r.variance[c] * n / (n - 1));
+      }
+      // Each sum is rounded to fp32: 6e-8 of mean^2, which is some ten times the least variance
+      // that two rows have here, and half of that in 1 / deviation.
+      check_close(values_of(f.mean), r.mean, 1e-6, 1e-6, "mean");
+      check_close(values_of(f.inverse), inverse, s.rows == 2 ? 1e-2 : 1e-6, 0, "inverse deviation");
+      check_close(values_of(f.scale), scale, s.rows == 2 ? 1e-2 : 1e-6, 0, "scale");
+      check_close(values_of(f.running_mean), running_mean, 1e-6, 1e-6, "running mean");
+      check_close(values_of(f.running_variance), running_variance, 1e-6, 0, "running variance");
+      f.check();
+      check_guards(given);
+    }
+  }
+}
+
 TEST_CASE("batch-norm: the variance of values far from zero does not cancel") {
   const Shape s{1000, 8};
   NormFixture<float> f(s, false);
   Vector values = normal(s.count(), 5, 1000, 1);
   for (size_t i = 0; i < s.count(); i += 8) values[i] = 1000.25;  // channel 0 does not vary at all
   Array<float> x(values, "x"), y(s.count(), "y");
-  cuda::batch_norm_forward<float>(f.norm(), x.data(), nullptr, y.data(), false, f.scratch(),
-                                  nullptr);
+  cuda::batch_statistics<float>(f.norm(), x.data(), f.scratch(), nullptr);
+  cuda::batch_norm_forward<float>(f.norm(), x.data(), nullptr, y.data(), false, nullptr);
   const NormReference r =
       reference_norm(s, values_of(x), &f.gamma_values, f.beta_values, nullptr, false);
   Vector inverse;

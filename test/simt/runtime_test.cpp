@@ -20,11 +20,13 @@
 #include "cuda/libraries.h"
 #include "cuda/products.h"
 #include "cuda/runtime.h"
+#include "test/native/environment.h"
 #include "test/simt/fake_libraries.h"
 
 namespace {
 
 using hardmine::Error;
+using hardmine::testing::Environment;
 namespace codes = hardmine::codes;
 namespace cuda = hardmine::cuda;
 
@@ -360,28 +362,6 @@ TEST_CASE("a library that is missing, incomplete or too old is told in one sente
 
 namespace {
 
-// Sets an environment variable while it lives.
-class Environment {
- public:
-  Environment(const char* name, const std::string& value) : name_(name) {
-    if (const char* before = std::getenv(name)) before_ = before;
-    setenv(name, value.c_str(), 1);
-  }
-  ~Environment() {
-    if (before_.empty()) {
-      unsetenv(name_);
-    } else {
-      setenv(name_, before_.c_str(), 1);
-    }
-  }
-  Environment(const Environment&) = delete;
-  Environment& operator=(const Environment&) = delete;
-
- private:
-  const char* name_;
-  std::string before_;
-};
-
 // An empty folder, gone at the end.
 class Folder {
  public:
@@ -704,7 +684,7 @@ void check_convolution(ConvolutionBench& bench, ConvolutionShape shape, Convolut
   ConvolutionTensors<T> t(shape);
   cuda::ConvolutionPlan& plan = bench.convolutions->plan(shape, pass);
   REQUIRE(plan.workspace_bytes() <= 4096);
-  plan.run(t.x.data(), t.w.data(), t.y.data(), t.workspace.data());
+  plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
   bench.stream.synchronize();
   const std::vector<double> expected = direct(shape, pass, t.hx, t.hw, t.hy);
   const std::vector<T> result = (pass == ConvolutionPass::forward         ? t.y
@@ -734,6 +714,40 @@ TEST_CASE_TEMPLATE("convolution passes agree with the definition", T, float, __h
   }
 }
 
+TEST_CASE("a forward pass with the sums of its output, where cuDNN has one") {
+  ConvolutionBench bench;
+  for (ConvolutionShape shape : {kShape, ConvolutionShape{3, 8, 24, 6, 3, 1, 2, 0}}) {
+    CHECK(bench.convolutions->find_plan(shape, ConvolutionPass::forward_with_sums) == nullptr);
+    shape.precision = Precision::bf16;
+    CHECK(contains(
+        error_of([&] { bench.convolutions->plan(shape, ConvolutionPass::forward_with_sums); }),
+        "no engine for the forward with sums of a convolution ["));
+    shape.precision = Precision::fp16;
+    cuda::ConvolutionPlan& plan =
+        bench.convolutions->plan(shape, ConvolutionPass::forward_with_sums);
+    CHECK(plan.id() == "eng5");
+    ConvolutionTensors<__half> t(shape);
+    const auto channels = static_cast<size_t>(shape.out_channels);
+    const DeviceArray<float> sums(2 * channels), others(2 * channels);
+    for (const DeviceArray<float>* to : {&sums, &others}) {
+      plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data(), to->data()});
+      bench.stream.synchronize();
+      const std::vector<double> y = direct(shape, ConvolutionPass::forward, t.hx, t.hw, t.hy);
+      std::vector<double> wanted(2 * channels);
+      for (size_t i = 0; i < y.size(); ++i) {
+        wanted[i % channels] += y[i];
+        wanted[channels + i % channels] += y[i] * y[i];
+      }
+      const std::vector<float> found = to->values();
+      for (size_t c = 0; c < wanted.size(); ++c)
+        CHECK(found[c] == doctest::Approx(wanted[c]).epsilon(1e-6));
+      const std::vector<__half> map = t.y.values();
+      for (size_t i = 0; i < y.size(); ++i)
+        CHECK(std::abs(cuda::to_float(map[i]) - y[i]) <= rounding<__half>() * (std::abs(y[i]) + 1));
+    }
+  }
+}
+
 TEST_CASE("deterministic: the first engine that repeats, never timed or taken from the cache") {
   ConvolutionBench bench({}, {.deterministic = true});
   ConvolutionTensors<float> t(kShape);
@@ -741,7 +755,7 @@ TEST_CASE("deterministic: the first engine that repeats, never timed or taken fr
   CHECK(plan.id() == "eng7_k12=3");
   CHECK(plan.workspace_bytes() == 4096);
   CHECK(bench.fakes.plans_built == 1);
-  plan.choose(t.x.data(), t.w.data(), t.y.data(), t.workspace.data());
+  plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
   CHECK(bench.fakes.executions == 0);
   CHECK(&bench.convolutions->plan(kShape, ConvolutionPass::forward) == &plan);
   CHECK(std::filesystem::is_empty(bench.folder.path()));
@@ -766,7 +780,7 @@ TEST_CASE("layers of one shape share a plan, each with its own memory") {
         cuda::check(cudaMemset(tensors->y.data(), 0, tensors->hy.size() * sizeof(float)), "a fill");
         cuda::check(cudaMemset(tensors->workspace.data(), 0, 4096), "a fill");
       }
-      plan.run(t[0]->x.data(), t[1]->w.data(), t[2]->y.data(), t[3]->workspace.data());
+      plan.run({t[0]->x.data(), t[1]->w.data(), t[2]->y.data(), t[3]->workspace.data()});
       bench.stream.synchronize();
       const bool zero = t[0] == &second || t[1] == &second;
       CHECK((first.y.values()[0] != 0) == (!zero && t[2] == &first));
@@ -784,7 +798,7 @@ TEST_CASE("else the fastest that fits, and the next process takes it from the ca
     return bench.convolutions->plan(kShape, ConvolutionPass::forward);
   };
   const auto choose = [&] {
-    plan().choose(t.x.data(), t.w.data(), t.y.data(), t.workspace.data());
+    plan().choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
   };
   CHECK(plan().workspace_bytes() == 4096);  // eng9's GiB is over the limit
   choose();
@@ -867,9 +881,9 @@ TEST_CASE("convolutions and products are captured and replayed") {
   const DeviceArray<float> product(8 * 16);
   const cuda::ProductShape shape{.m = 8, .n = 16, .k = 4};
   cuda::ConvolutionPlan& plan = bench.convolutions->plan(kShape, ConvolutionPass::data_gradient);
-  plan.choose(t.x.data(), t.w.data(), t.y.data(), t.workspace.data());
+  plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
   const auto enqueue = [&] {
-    plan.run(t.x.data(), t.w.data(), t.y.data(), t.workspace.data());
+    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
     products.multiply(shape, 1, t.y.data(), t.w.data(), 0, product.data());
   };
   enqueue();
@@ -927,8 +941,8 @@ TEST_CASE("handles and descriptors are given back") {
     cuda::Convolutions convolutions(fakes.libraries().cudnn, stream, {});
     ConvolutionTensors<float> t(kShape);
     cuda::ConvolutionPlan& plan = convolutions.plan(kShape, ConvolutionPass::forward);
-    plan.choose(t.x.data(), t.w.data(), t.y.data(), t.workspace.data());
-    plan.run(t.x.data(), t.w.data(), t.y.data(), t.workspace.data());
+    plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
     cuda::Products products(fakes.libraries().cublas_lt, stream.get(), t.workspace.data(), 4096);
     products.multiply({.m = 4, .n = 4, .k = 4}, 1, t.x.data(), t.w.data(), 0, t.y.data());
     stream.synchronize();
