@@ -65,6 +65,7 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   define_method<rejecting<create_session>>(exports, "createSession");
   define_method<rejecting<create_embedder>>(exports, "createEmbedder");
   define_method<rejecting<open_records>>(exports, "openRecords");
+  define_method<rejecting<lock_folder>>(exports, "lockFolder");
   return exports;
 }
 

@@ -38,9 +38,10 @@ RingSpec to_ring_spec(const Members& options) {
 RingUse::RingUse(std::shared_ptr<Ring> ring, std::shared_ptr<bool> busy, const char* call)
     : ring_(std::move(ring)), busy_(std::move(busy)) {
   if (*busy_) {
-    throw Error(codes::kBusy, std::string(call) +
-                                  " needs a batches handle that another call is still using: await "
-                                  "that call first, or make a second handle.");
+    throw Error(hardmine::codes::kBusy,
+                std::string(call) +
+                    " needs a batches handle that another call is still using: await "
+                    "that call first, or make a second handle.");
   }
   *busy_ = true;
 }

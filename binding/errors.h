@@ -8,7 +8,6 @@
 namespace hardmine::binding {
 
 namespace codes {
-inline constexpr const char* kBusy = "ERR_BUSY";          // the handle is in use by another call
 inline constexpr const char* kInternal = "ERR_INTERNAL";  // a defect of hardmine
 }  // namespace codes
 

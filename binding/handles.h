@@ -10,5 +10,6 @@ Napi::Value create_head(const Napi::CallbackInfo& info);
 Napi::Value create_session(const Napi::CallbackInfo& info);
 Napi::Value create_embedder(const Napi::CallbackInfo& info);
 Napi::Value open_records(const Napi::CallbackInfo& info);
+Napi::Value lock_folder(const Napi::CallbackInfo& info);
 
 }  // namespace hardmine::binding

@@ -20,6 +20,7 @@ inline constexpr const char* kOutOfMemory = "ERR_DEVICE_OOM";
 inline constexpr const char* kDeviceLost = "ERR_DEVICE_LOST";
 inline constexpr const char* kNonFinite = "ERR_NON_FINITE";  // NaN or infinity in training
 inline constexpr const char* kAborted = "ERR_ABORTED";       // stopped by the caller
+inline constexpr const char* kBusy = "ERR_BUSY";             // in use by somebody else
 inline constexpr const char* kDisposed = "ERR_DISPOSED";     // the handle was disposed
 }  // namespace codes
 

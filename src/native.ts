@@ -242,6 +242,11 @@ export interface NativeBatches extends NativeHandle {
   drain(n: number): Promise<number>;
 }
 
+export interface NativeLock extends NativeHandle {
+  /** Null; or why nobody is kept out: the file system has no locks. */
+  readonly unsupported: string | null;
+}
+
 export interface NativeAddon {
   readonly backend: Backend;
   devices(): NativeDevice[];
@@ -267,6 +272,12 @@ export interface NativeAddon {
   ): Promise<NativeSession>;
   createEmbedder(network: NativeNetwork, execution: NativeExecution): Promise<NativeEmbedder>;
   openRecords(recPath: string, idxPath: string): Promise<NativeRecords>;
+  /**
+   * Locks a folder against other processes and other calls of this one, until dispose() or the end of the
+   * process; without waiting. `note` is what its `.hardmine.lock` holds meanwhile. ERR_BUSY while it is
+   * locked, ERR_IO where that file cannot be made.
+   */
+  lockFolder(folder: string, note: string): Promise<NativeLock>;
   /** Header of a JPEG: throws ERR_DATA for anything else. */
   readJpegInfo(jpeg: Uint8Array): { width: number; height: number; components: number };
 }

@@ -231,6 +231,10 @@ export class Trainer {
   private readonly disposal = new AbortController();
   private readonly health: Health;
   private report: RunReport | null = null;
+  /** What run() goes through. */
+  private events: AsyncGenerator<TrainerEvent, void, void> | null = null;
+  /** Whether run() came to the end of its run. */
+  private finished = false;
 
   private constructor(private readonly parts: Parts) {
     this.config = parts.config;
@@ -259,32 +263,36 @@ export class Trainer {
 
   /**
    * Checks the configuration, opens and, where needed, packs the data, and makes the network; with
-   * `resume` it takes up the newest sound checkpoint. Nothing is written into the run directory.
+   * `resume` it takes up the newest sound checkpoint. The run directory is its own from here on, until run()
+   * or dispose() has ended; nothing but the lock is written there.
    *
-   * @throws HardmineError ERR_CONFIG for settings, and on resumption for those of another run; ERR_IO for
-   *   a run directory that cannot be written; ERR_DATA for data, ERR_PROTOCOL for lists of pairs;
+   * @throws HardmineError ERR_BUSY while another process, or another Trainer, has the run directory;
+   *   ERR_CONFIG for settings, and on resumption for those of another run; ERR_IO for a run directory that
+   *   cannot be written; ERR_DATA for data, ERR_PROTOCOL for lists of pairs;
    *   ERR_CHECKPOINT where no checkpoint is sound; ERR_DEVICE_UNAVAILABLE, ERR_DEVICE_OOM, ERR_ADDON;
    *   ERR_ABORTED after `options.signal`.
    */
   static async create(input: TrainerInput, options: TrainerOptions = {}): Promise<Trainer> {
     const { asked, source } = resolveInput(input);
     const { native: loss } = resolveLoss(lossSettings(asked));
-    const directory = await RunDirectory.check(asked.out, asked.resume);
-    await checkEvaluation(asked);
-    const found = asked.resume ? await resumeFrom(directory, asked) : null;
-    const precision = asked.precision ?? found?.config.precision;
-    const { addon, execution } = chooseDevice({
-      device: asked.device,
-      threads: asked.threads,
-      deterministic: asked.deterministic,
-      ...(precision && { precision }),
-    });
-    const device = addon.devices()[execution.device]!;
-    const config: Config = { ...asked, precision: execution.precision };
-    const news: Parts['news'] = found?.warnings ?? [];
-
-    const dispose: { dispose(): Promise<void> }[] = [];
+    const directory = await RunDirectory.claim(asked.out, asked.resume);
+    const dispose: { dispose(): Promise<void> }[] = [{ dispose: () => directory.close() }];
     try {
+      await checkEvaluation(asked);
+      const found = asked.resume ? await resumeFrom(directory, asked) : null;
+      const precision = asked.precision ?? found?.config.precision;
+      const { addon, execution } = chooseDevice({
+        device: asked.device,
+        threads: asked.threads,
+        deterministic: asked.deterministic,
+        ...(precision && { precision }),
+      });
+      const device = addon.devices()[execution.device]!;
+      const config: Config = { ...asked, precision: execution.precision };
+      const news: Parts['news'] = found?.warnings ?? [];
+      if (directory.warning !== null) {
+        news.push({ type: 'warning', kind: 'lock', message: directory.warning });
+      }
       const material = source ? ofSource(source, config) : await ofDataset(config, options);
       dispose.push(material);
       const { data, dataset, images, classes } = material;
@@ -370,7 +378,8 @@ export class Trainer {
   /**
    * Trains to the end and yields what happens. After `signal` it stops at the next step, writes a
    * checkpoint and throws ERR_ABORTED, which names it; any other error leaves the checkpoints as they
-   * are. Leaving the loop stops between two steps, without a checkpoint.
+   * are. Leaving the loop stops between two steps, without a checkpoint. At its end, whichever, the run
+   * directory is free again.
    *
    * @throws HardmineError ERR_BUSY when it was called before, ERR_NON_FINITE when the loss is no finite
    *   number, ERR_DATA for a damaged image or a source's mistake, ERR_IO when writing fails,
@@ -378,16 +387,21 @@ export class Trainer {
    */
   async *run({ signal }: { signal?: AbortSignal } = {}): AsyncGenerator<TrainerEvent, void, void> {
     this.begin();
+    this.events = this.train(signal);
+    yield* this.events;
+    if (!this.finished) throw disposedError();
+  }
+
+  private async *train(signal: AbortSignal | undefined): AsyncGenerator<TrainerEvent, void, void> {
     const { config, directory, feed, plan } = this.parts;
     const cancel = () => feed.cancel();
     signal?.addEventListener('abort', cancel);
     const { signal: disposed } = this.disposal;
-    let finished = false;
     try {
       const earlier = await directory.open(config, this.step);
       await removeStale(directory.checkpoints);
-      finished = this.step === plan.totalSteps && (await this.wasFinished());
-      if (finished) {
+      if (this.step === plan.totalSteps && (await this.wasFinished())) {
+        this.finished = true;
         yield* this.parts.news;
         return;
       }
@@ -411,16 +425,19 @@ export class Trainer {
         yield* this.trainSome();
       }
       yield* this.finish(signal ? AbortSignal.any([signal, disposed]) : disposed);
-      finished = true;
+      this.finished = true;
     } catch (error) {
       throw disposed.aborted ? disposedError(error) : error;
     } finally {
       signal?.removeEventListener('abort', cancel);
       // What ended the run early is what there is to tell.
-      if (!finished) await this.report?.end(this.progress('stopped')).catch(() => undefined);
-      await feed.dispose();
-      await directory.close();
+      if (!this.finished) await this.report?.end(this.progress('stopped')).catch(() => undefined);
       if (this.state === 'running') this.state = 'done';
+      try {
+        await feed.dispose();
+      } finally {
+        await directory.close();
+      }
     }
   }
 
@@ -476,16 +493,20 @@ export class Trainer {
     };
   }
 
-  /** Stops work under way and frees everything; may be called twice. */
+  /** Stops work under way and frees everything, the run directory too; may be called twice. */
   async dispose(): Promise<void> {
     this.state = 'disposed';
     this.disposal.abort();
     const { feed, session, dataset, directory } = this.parts;
-    await this.report?.settle();
     await session.dispose();
-    await feed.dispose();
-    await dataset?.dispose();
-    await directory.close();
+    try {
+      await feed.dispose();
+    } finally {
+      // The run directory is locked for as long as anything is written there.
+      await this.events?.return();
+      await dataset?.dispose();
+      await directory.close();
+    }
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

@@ -327,6 +327,12 @@ describe('the native addon', () => {
         (a) => a['weightLosses']?.(new Float32Array(2), LOSS.weighting),
         /a Float64Array for losses/,
       ],
+      [
+        'a folder that is none',
+        (a) => a['lockFolder']?.(1, ''),
+        /a string for folder but received 1/,
+      ],
+      ['a lock without a note', (a) => a['lockFolder']?.('.'), /a string for note/],
       ['a Promise for bytes', (a) => a['readJpegInfo']?.(Promise.resolve()), /is an await missing/],
     ];
     for (const [name, call, message] of wrong) {
@@ -397,7 +403,7 @@ describe('the native addon', () => {
 
   describe('handles', () => {
     const [x, y] = rows(2);
-    for (const kind of ['head', 'session', 'embedder', 'records', 'batches']) {
+    for (const kind of ['head', 'session', 'embedder', 'records', 'batches', 'lock']) {
       it(`${kind}: every method works, knows its own kind, and ends with dispose()`, async () => {
         const kinds = handleKinds(addon, { rec, idx });
         const { make, calls } = kinds[kind] ?? assert.fail(`of ${Object.keys(kinds)}`);

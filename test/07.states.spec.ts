@@ -5,11 +5,13 @@ import assert from 'node:assert/strict';
 import { mkdirSync, mkdtempSync, readdirSync, readlinkSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { setTimeout } from 'node:timers/promises';
 import sharp from 'sharp';
 import { FaceAligner } from '../src/align/aligner.js';
 import { type Dataset, openDataset } from '../src/data/dataset.js';
 import type { ErrorCode } from '../src/errors.js';
 import { HardmineError } from '../src/errors.js';
+import { loadOnnxRuntime } from '../src/formats/onnx-runtime.js';
 import { type PackedFiles, RecordWriter } from '../src/formats/recordio.js';
 import type { Tensor } from '../src/formats/safetensors.js';
 import { MarginHead } from '../src/head.js';
@@ -142,6 +144,8 @@ describe('states and methods', function () {
         },
         except: { busy: { drain: 'ERR_BUSY', seek: 'ERR_BUSY' } },
       },
+      // It has no method but dispose(); what that does to the folder is test/66's.
+      lock: { states: {} },
     };
     const disposing: Enter = (handle) => {
       const pending = (handle as Disposable).dispose();
@@ -481,6 +485,40 @@ describe('states and methods', function () {
       { disposing: 'ERR_DISPOSED', disposed: 'ERR_DISPOSED' },
     );
     await refuseForeign(FaceAligner.prototype, [image]);
+  });
+
+  it('a FaceAligner that is disposed in the middle of work ends it, and frees once what it used', async function () {
+    const aligner = await FaceAligner.load({ mtcnn: shared(this, 'mtcnn'), threads: 1 });
+    const image = await sharp({
+      create: { width: 300, height: 200, channels: 3, background: 'red' },
+    })
+      .jpeg()
+      .toBuffer();
+    const { InferenceSession } = await loadOnnxRuntime('This test');
+    const prototype: { release(): Promise<void> } = Reflect.get(InferenceSession, 'prototype');
+    const { release } = prototype;
+    const order: string[] = [];
+    prototype.release = async function (this: object) {
+      await setTimeout(20); // as long as another call of dispose() would need to come back
+      await release.call(this);
+      order.push('released');
+    };
+    try {
+      const note = (name: string) => (): void => void order.push(name);
+      const work = [
+        aligner.detect(image).then(note('work')),
+        aligner.align(image).then(note('work')),
+      ];
+      const ends = [aligner.dispose(), aligner.dispose(), aligner[Symbol.asyncDispose]()];
+      assert.equal(await outcomeOf(() => aligner.detect(image)), 'ERR_DISPOSED');
+      await Promise.all([...work, ...ends.map((end) => end.then(note('disposed')))]);
+      const three = (name: string) => [name, name, name];
+      assert.deepEqual(order, ['work', 'work', ...three('released'), ...three('disposed')]);
+      await aligner.dispose();
+      assert.equal(await outcomeOf(() => aligner.align(image)), 'ERR_DISPOSED');
+    } finally {
+      prototype.release = release;
+    }
   });
 
   it('Dataset: fresh, in use, disposing, disposed', async () => {

@@ -19,6 +19,7 @@ import {
   RecordWriter,
   refuseExisting,
 } from '../src/formats/recordio.js';
+import { startOf } from './helpers/process-start.js';
 import { parseImageRecord, readIndex, readRecord } from './helpers/recordio-reader.js';
 
 const INTEROP = '../shared/faces/interop';
@@ -257,14 +258,17 @@ describe('RecordIO', function () {
     it('removes what a killed process left, and not what a running one writes', async () => {
       const ended = spawnSync(process.execPath, ['-e', '']).pid;
       const stem = `.train.tmp-${hostname()}-`;
-      const abandoned = join(folder, `${stem}${ended}-0`);
-      const running = join(folder, `${stem}${process.ppid}-0`);
-      for (const path of [abandoned, running]) {
+      const start = startOf(process.ppid);
+      const abandoned = join(folder, `${stem}${ended}-1-0`);
+      const reused = join(folder, `${stem}${process.pid}-1-0`);
+      const running = join(folder, `${stem}${process.ppid}-${start}-0`);
+      for (const path of [abandoned, reused, running]) {
         mkdirSync(path);
         writeFileSync(join(path, 'train.rec'), 'half');
       }
       await write(join(folder, 'train'), [1, 1]);
       assert.ok(!existsSync(abandoned));
+      assert.ok(!existsSync(reused));
       assert.ok(existsSync(running));
     });
 

@@ -360,7 +360,10 @@ describe('hostile files', function () {
       await symlink(place, at('run/config.json'));
       if (place !== folder) {
         await assert.rejects(
-          RunDirectory.check(at('run'), true).then((found) => found.readConfig()),
+          async () => {
+            const found = await RunDirectory.claim(at('run'), true);
+            await found.readConfig().finally(() => found.close());
+          },
           refusedBy('ERR_CONFIG', /./),
         );
       }

@@ -349,7 +349,7 @@ describe('hardmine align', function () {
     const before = await made();
     assert.ok(before.length < names.length, 'it was killed in time');
     // What a process that is gone was writing, and half a line.
-    await writeFile(at('out', '1', `.x.jpg.${child.pid}-0123abcd.tmp`), 'half');
+    await writeFile(at('out', '1', `.x.jpg.${child.pid}-1-0123abcd.tmp`), 'half');
     await appendFile(at('out', 'align.jsonl'), '{"image":"0/0.j');
     const times = new Map<string, number>();
     for (const name of before) times.set(name, (await stat(at('out', name))).mtimeMs);

@@ -449,7 +449,7 @@ describe('training', function () {
       const path = join(folder, 'file', 'run');
       await assert.rejects(Trainer.create({ ...config('x'), out: path }), {
         code: 'ERR_IO',
-        message: /file\/run cannot be written/,
+        message: /file\/run could not be written/,
       });
     });
   });

@@ -12,6 +12,7 @@ import {
 } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { INSTANCE } from '../src/formats/processes.js';
 import type { Tensor } from '../src/formats/safetensors.js';
 import {
   type CheckpointTensors,
@@ -23,6 +24,7 @@ import {
   writeCheckpoint,
 } from '../src/train/checkpoint.js';
 import { stateOf } from './helpers/checkpoint-state.js';
+import { startOf } from './helpers/process-start.js';
 
 const FILES = ['model.safetensors', 'head.safetensors', 'optimizer.safetensors', 'state.json'];
 
@@ -155,15 +157,20 @@ describe('checkpoints', () => {
   it('are not seen while they are written, and are removed when their writer is gone', async () => {
     await write(1);
     // Beyond the kernel's greatest process id, so no process has it.
-    const dead = join(folder, `${checkpointName(2)}.tmp-4194305`);
-    const running = join(folder, `${checkpointName(3)}.tmp-1`);
-    for (const path of [dead, running]) await mkdir(path);
+    const name = (step: number, writer: string) => `${checkpointName(step)}.tmp-${writer}`;
+    const parent = `${process.ppid}-${startOf(process.ppid)}`;
+    const dead = [
+      name(2, '4194305-1'),
+      // Numbers that other processes have by now.
+      name(4, `${process.pid}-1`),
+      name(5, `${process.ppid}-${Number(startOf(process.ppid)) - 1}`),
+      // Left by a save of this process: none is under way.
+      name(6, `${INSTANCE}-old`),
+    ];
+    for (const path of [...dead, name(3, parent)]) await mkdir(join(folder, path));
     assert.equal((await findCheckpoint(folder)).found?.state.step, 1);
     await removeStale(folder);
-    assert.deepEqual((await readdir(folder)).sort(), [
-      checkpointName(1),
-      `${checkpointName(3)}.tmp-1`,
-    ]);
+    assert.deepEqual((await readdir(folder)).sort(), [checkpointName(1), name(3, parent)]);
   });
 
   it('keep the network, the head and the optimiser apart', () => {

@@ -15,6 +15,7 @@ import {
 import { stateOf } from './helpers/checkpoint-state.js';
 import { damageEverywhere } from './helpers/damage.js';
 import { type FaultPlan, withFaults } from './helpers/file-faults.js';
+import { startOf } from './helpers/process-start.js';
 
 /** Three tensors of about 5 KB, so that their files have two blocks of 4 KiB. */
 function tensorsOf(step: number): CheckpointTensors {
@@ -143,12 +144,21 @@ describe('a file of a run', () => {
   });
 
   it('leaves nothing of a writer that was killed', async () => {
-    // Beyond the kernel's greatest process id, so no process has it.
-    const left = ['.best.safetensors.4194305-0123abcd.tmp', '.probe.4194305-0123abcd.tmp'];
-    for (const name of left) await writeFile(join(folder, name), '');
+    const left = [
+      // Beyond the kernel's greatest process id, so no process has it.
+      '.best.safetensors.4194305-1-0123abcd.tmp',
+      // Of the number that this process or another has by now: in a container, every run may have the same.
+      `.last.safetensors.${process.pid}-1-0123abcd.tmp`,
+      `.metrics.jsonl.${process.ppid}-${Number(startOf(process.ppid)) - 1}-0123abcd.tmp`,
+    ];
+    const kept = [
+      `.config.json.${process.ppid}-${startOf(process.ppid)}-0123abcd.tmp`,
+      `.report.html.${process.pid}-${startOf(process.pid)}-0123abcd.tmp`,
+    ];
+    for (const name of [...left, ...kept]) await writeFile(join(folder, name), '');
     await mkdir(join(folder, 'checkpoints'));
     await removeAbandonedFiles(folder);
-    assert.deepEqual(await readdir(folder), ['checkpoints']);
+    assert.deepEqual((await readdir(folder)).sort(), [...kept, 'checkpoints']);
     assert.ok((await stat(join(folder, 'checkpoints'))).isDirectory());
   });
 });

@@ -4,7 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout } from 'node:timers/promises';
 import { pauseMs, reasonToRestart } from '../src/cli/supervisor.js';
-import { isRunning } from '../src/formats/atomic.js';
+import { isRunning } from '../src/formats/processes.js';
 import { checkpointName } from '../src/train/checkpoint.js';
 import { childrenOf, type LogLine, type Watched, watch } from './helpers/children.js';
 import { checkpointHashes, drawFaces } from './helpers/small-training.js';

@@ -456,7 +456,7 @@ describe('command line', function () {
       await writeFile(at('file'), '');
       const argv = train(at('people'));
       argv[argv.indexOf(at('refused'))] = at('file', 'run');
-      assert.match(await complaint(1, ...argv), /file\/run cannot be written/);
+      assert.match(await complaint(1, ...argv), /file\/run could not be written/);
       argv[argv.indexOf(at('file', 'run'))] = at('run');
       assert.match(await complaint(2, ...argv), /already holds a run.*--resume/);
     });

@@ -4,6 +4,7 @@ import { type FileHandle, open, readdir, readFile, realpath, rm, stat } from 'no
 import { basename, dirname, extname, join, relative, resolve, sep } from 'node:path';
 import { z } from 'zod';
 import { exists, ioError, makeFolders, throwIfAborted } from '../data/files.js';
+import { FolderLock } from '../data/folder-lock.js';
 import {
   decodePhotograph,
   encodeJpeg,
@@ -32,6 +33,8 @@ export interface AlignFolderOptions extends Omit<FaceAlignerOptions, 'mtcnn'> {
   /** List of landmarks to take instead of looking for faces; `minFace`, `face`, `fallback` then say nothing. */
   landmarks?: string;
   onProgress?: (done: number, total: number) => void;
+  /** Told, in a sentence, where a second process cannot be kept out of `out`. */
+  onWarning?: (message: string) => void;
   /** Stops the work; the next run goes on with it. */
   signal?: AbortSignal;
 }
@@ -120,7 +123,7 @@ interface Source {
  * `out`. What an earlier run with the same settings has done is not done again. An image that cannot be
  * read does not stop the others and is told at the end.
  *
- * @throws HardmineError ERR_CONFIG for settings that do not fit together or not to those of an earlier
+ * @throws HardmineError ERR_BUSY while another process, or another call, writes into `out`; ERR_CONFIG for settings that do not fit together or not to those of an earlier
  *   run in `out`; ERR_DATA, ERR_IO when an image cannot be read or lacks landmarks, or no face was found
  *   at all; ERR_ABORTED; what FaceAligner.load throws
  */
@@ -132,6 +135,8 @@ export async function alignFolder(
   const settings = settingsOf(options);
   const { root, photographs, otherFiles } = await findPhotographs(input, out);
   const crops = cropPaths(input, photographs, out);
+  await using lock = await FolderLock.take(out);
+  if (lock.warning !== null) options.onWarning?.(lock.warning);
   const journal = await Journal.read(out, settings);
   const source = await openSource(input, options, photographs);
   const failures: { name: string; error: HardmineError }[] = [];
@@ -205,7 +210,15 @@ export async function alignFolder(
 }
 
 function settingsOf(options: AlignFolderOptions): Settings {
-  const { mtcnn, landmarks, onProgress: _, signal: __, threads: ___, ...given } = options;
+  const {
+    mtcnn,
+    landmarks,
+    onProgress: _,
+    onWarning: __,
+    signal: ___,
+    threads: ____,
+    ...given
+  } = options;
   if ((mtcnn === undefined) === (landmarks === undefined)) {
     throw new HardmineError(
       'ERR_CONFIG',

@@ -72,8 +72,9 @@ type Choices = Required<Pick<FaceAlignerOptions, 'size' | 'face' | 'fallback'>>;
  */
 export class FaceAligner {
   readonly #options: Choices;
-  #mtcnn: Mtcnn | null;
+  readonly #mtcnn: Mtcnn;
   readonly #pending = new Set<Promise<unknown>>();
+  #disposal: Promise<void> | null = null;
 
   private constructor(mtcnn: Mtcnn, options: Choices) {
     this.#mtcnn = mtcnn;
@@ -141,12 +142,13 @@ export class FaceAligner {
     });
   }
 
-  /** Waits for calls under way and frees the networks; may be called twice. */
+  /**
+   * Calls under way end as they would have; then the networks are freed. May be called twice: neither call
+   * comes back before that.
+   */
   async dispose(): Promise<void> {
-    const mtcnn = this.#mtcnn;
-    this.#mtcnn = null;
-    await Promise.allSettled(this.#pending);
-    await mtcnn?.dispose();
+    this.#disposal ??= Promise.allSettled(this.#pending).then(() => this.#mtcnn.dispose());
+    await this.#disposal;
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
@@ -154,7 +156,7 @@ export class FaceAligner {
   }
 
   async #track<T>(work: (mtcnn: Mtcnn) => Promise<T>): Promise<T> {
-    if (this.#mtcnn === null) {
+    if (this.#disposal !== null) {
       throw new HardmineError('ERR_DISPOSED', 'This FaceAligner was disposed: load it again.');
     }
     const promise = work(this.#mtcnn);

@@ -87,6 +87,7 @@ async function align(input: string, out: string, options: Options): Promise<void
     ...(landmarks !== undefined && { landmarks }),
     ...{ size, minFace, face, fallback },
     onProgress: progressNote('aligning'),
+    onWarning: output.warning,
     signal: interrupt.signal,
   });
   if (options.json) output.json(result);

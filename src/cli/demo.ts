@@ -1,10 +1,10 @@
-import { copyFile, rm } from 'node:fs/promises';
+import { copyFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Command } from 'commander';
 import { hasNvidiaDriver } from '../addon-file.js';
 import type { ConfigInput } from '../config.js';
 import { type Dataset, openDataset } from '../data/dataset.js';
-import { makeFolders } from '../data/files.js';
+import { FolderLock } from '../data/folder-lock.js';
 import { generateFaces } from '../data/generated-faces.js';
 import { validationPairs } from '../data/split.js';
 import {
@@ -92,8 +92,9 @@ async function demo(options: Options): Promise<void> {
   using interrupt = stopOnInterrupt('the demo ends');
   const { out, device } = options;
   const { signal } = interrupt;
-  await rm(out, { recursive: true, force: true });
-  await makeFolders(out);
+  await using lock = await FolderLock.take(out);
+  if (lock.warning !== null) output.warning(lock.warning);
+  await lock.clear();
   const { addon, why } = chooseDevice({ device });
   if (addon.backend === 'cpu' && device === 'auto' && hasNvidiaDriver()) output.note(why);
 

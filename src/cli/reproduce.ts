@@ -1,5 +1,6 @@
 import { join } from 'node:path';
 import type { Command } from 'commander';
+import { FolderLock } from '../data/folder-lock.js';
 import { HardmineError } from '../errors.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { writeExperimentReport } from '../report/experiment-report.js';
@@ -101,6 +102,9 @@ async function experimentOf(
 
 async function run(experiment: Experiment, { out, json }: Options): Promise<void> {
   using interrupt = stopOnInterrupt('the run stops after this step and writes a checkpoint');
+  // The runs' folders and the tables belong together.
+  await using lock = await FolderLock.take(out);
+  if (lock.warning !== null) output.warning(lock.warning);
   const runs = await listRuns(experiment, out);
   let log = new TrainingLog();
   const events = reproduce(experiment, runs, out, {

@@ -3,6 +3,7 @@ import { randomBytes } from 'node:crypto';
 import { open, readdir, rename, rm } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { HardmineError } from '../errors.js';
+import { INSTANCE, isInstanceRunning } from './processes.js';
 
 /**
  * Writes `chunks` one after the other to `path`, replacing what stood there only when all of it is on
@@ -18,7 +19,7 @@ export async function writeFileAtomic(
   // In the same folder, because rename is atomic within one file system only.
   const temporary = join(
     folder,
-    `.${basename(path)}.${process.pid}-${randomBytes(4).toString('hex')}.tmp`,
+    `.${basename(path)}.${INSTANCE}-${randomBytes(4).toString('hex')}.tmp`,
   );
   try {
     const file = await open(temporary, 'wx');
@@ -62,17 +63,9 @@ function isSystemError(error: unknown): error is NodeJS.ErrnoException {
 /** Removes from a folder what killed processes left of files that writeFileAtomic was writing. */
 export async function removeAbandonedFiles(folder: string): Promise<void> {
   for (const name of await readdir(folder)) {
-    const pid = /^\..*\.(\d+)-[0-9a-f]{8}\.tmp$/.exec(name)?.[1];
-    if (pid !== undefined && !isRunning(Number(pid))) await rm(join(folder, name), { force: true });
-  }
-}
-
-/** Whether a process of that number runs on this machine. */
-export function isRunning(pid: number): boolean {
-  try {
-    process.kill(pid, 0);
-    return true;
-  } catch (error) {
-    return (error as NodeJS.ErrnoException).code !== 'ESRCH';
+    const writer = /^\..*\.(\d+-\d+)-[0-9a-f]{8}\.tmp$/.exec(name)?.[1];
+    if (writer !== undefined && !isInstanceRunning(writer)) {
+      await rm(join(folder, name), { force: true });
+    }
   }
 }

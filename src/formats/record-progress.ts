@@ -6,7 +6,8 @@ import type { FileHandle } from 'node:fs/promises';
 import { mkdir, readdir, readFile, rename, rm } from 'node:fs/promises';
 import { hostname } from 'node:os';
 import { join } from 'node:path';
-import { isRunning, writeFileAtomic } from './atomic.js';
+import { writeFileAtomic } from './atomic.js';
+import { INSTANCE, isInstanceRunning } from './processes.js';
 
 const NOTE = 'progress.json';
 
@@ -25,7 +26,7 @@ const STOPPED = 'stopped';
 /** Makes a temporary folder for the set `name` in `folder`. */
 export async function makeTemporary(folder: string, name: string): Promise<string> {
   for (let attempt = 0; ; attempt += 1) {
-    const path = join(folder, `${stem(name)}${process.pid}-${attempt}`);
+    const path = join(folder, `${stem(name)}${INSTANCE}-${attempt}`);
     try {
       await mkdir(path);
       return path;
@@ -77,8 +78,8 @@ export async function takeOver(
 }
 
 function isAbandoned(owner: string): boolean {
-  const pid = Number.parseInt(owner, 10);
-  return Number.isNaN(pid) ? owner === STOPPED : !isRunning(pid);
+  const writer = /^(\d+-\d+)-\d+$/.exec(owner)?.[1];
+  return writer === undefined ? owner === STOPPED : !isInstanceRunning(writer);
 }
 
 async function readNote(temporary: string): Promise<Progress | undefined> {

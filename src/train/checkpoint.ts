@@ -1,5 +1,5 @@
 /**
- * Checkpoints that are whole or absent: written into step-00001200.tmp-PID, flushed, then renamed. A
+ * Checkpoints that are whole or absent: written into step-00001200.tmp-PROCESS, flushed, then renamed. A
  * manifest with the size and SHA-256 of each file tells a sound one from a damaged one.
  */
 import { createHash } from 'node:crypto';
@@ -9,7 +9,8 @@ import { join } from 'node:path';
 import { z } from 'zod';
 import { exists, readFileBounded } from '../data/files.js';
 import { HardmineError, oneLine } from '../errors.js';
-import { isRunning, syncFolder } from '../formats/atomic.js';
+import { syncFolder } from '../formats/atomic.js';
+import { INSTANCE, isInstanceRunning } from '../formats/processes.js';
 import {
   encodeSafetensors,
   readSafetensors,
@@ -123,7 +124,7 @@ async function writeFlushed(
 
 /** Moves a folder out of the way under one rename, so that it is never seen half removed. */
 async function discard(path: string): Promise<void> {
-  const doomed = `${path}.tmp-${process.pid}-old`;
+  const doomed = `${path}.tmp-${INSTANCE}-old`;
   await rename(path, doomed);
   await rm(doomed, { recursive: true, force: true });
 }
@@ -169,7 +170,7 @@ export async function writeCheckpoint(
   keep: number,
 ): Promise<string> {
   const path = join(folder, checkpointName(state.step));
-  const temporary = `${path}.tmp-${process.pid}`;
+  const temporary = `${path}.tmp-${INSTANCE}`;
   try {
     await rm(temporary, { recursive: true, force: true });
     await mkdir(temporary, { recursive: true });
@@ -298,12 +299,15 @@ export function fileOfTensor({ name, role }: Pick<NativeTensor, 'name' | 'role'>
   return name.startsWith('head.') ? 'head' : 'model';
 }
 
-/** Removes what processes that no longer run left of checkpoints they were writing. */
+/**
+ * Removes what processes that no longer run left of checkpoints they were writing, and what this one has:
+ * it locks the run directory, so nothing of it is writing now.
+ */
 export async function removeStale(folder: string): Promise<void> {
   const names = await readdir(folder).catch(() => []);
   for (const name of names) {
-    const pid = Number(/^step-\d{8,}\.tmp-(\d+)(-old)?$/.exec(name)?.[1] ?? Number.NaN);
-    if (Number.isSafeInteger(pid) && (pid === process.pid || !isRunning(pid))) {
+    const writer = /^step-\d{8,}\.tmp-(\d+-\d+)(-old)?$/.exec(name)?.[1];
+    if (writer !== undefined && (writer === INSTANCE || !isInstanceRunning(writer))) {
       await rm(join(folder, name), { recursive: true, force: true });
     }
   }

@@ -16,6 +16,7 @@ export type WarningKind =
   | 'checkpoint'
   | 'disk'
   | 'environment'
+  | 'lock'
   | 'report'
   | 'identity';
 

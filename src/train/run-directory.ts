@@ -1,9 +1,9 @@
 /** The folder of one run: its configuration, its figures, its checkpoints and models. */
-import { randomBytes } from 'node:crypto';
 import { type FileHandle, mkdir, open, readFile, rm, stat } from 'node:fs/promises';
 import { join } from 'node:path';
 import { type Config, MAX_CONFIG_BYTES } from '../config.js';
 import { readFileBounded } from '../data/files.js';
+import { FolderLock } from '../data/folder-lock.js';
 import { HardmineError } from '../errors.js';
 import { removeAbandonedFiles, writeFileAtomic } from '../formats/atomic.js';
 import { EventWriter } from '../formats/tfevents.js';
@@ -70,7 +70,11 @@ export class RunDirectory {
   private metrics: FileHandle | null = null;
   private events: EventWriter | null = null;
 
-  private constructor(readonly path: string) {}
+  /** @param lock null: it is read */
+  private constructor(
+    readonly path: string,
+    private readonly lock: FolderLock | null,
+  ) {}
 
   get checkpoints(): string {
     return join(this.path, 'checkpoints');
@@ -82,44 +86,33 @@ export class RunDirectory {
 
   /** That of a run, as it stands; nothing is checked. */
   static at(path: string): RunDirectory {
-    return new RunDirectory(path);
+    return new RunDirectory(path, null);
   }
 
   /**
-   * Checks that `path` can be written and whether it holds a run, and leaves everything as it was.
+   * Takes `path` for this process alone, until close(), and checks whether it holds a run. Where it was not
+   * there it is made, and goes again with close() if nothing was written.
    *
-   * @throws HardmineError ERR_IO when it cannot be written, ERR_CONFIG when it holds a run and
-   *   `resume` is false, or none and `resume` is true
+   * @throws HardmineError ERR_BUSY while another process, or another Trainer of this one, has it; ERR_IO when
+   *   it cannot be written; ERR_CONFIG when it holds a run and `resume` is false, or none and `resume` is true
    */
-  static async check(path: string, resume: boolean): Promise<RunDirectory> {
-    const directory = RunDirectory.at(path);
+  static async claim(path: string, resume: boolean): Promise<RunDirectory> {
+    const lock = await FolderLock.take(path);
+    const directory = new RunDirectory(path, lock);
     const holdsRun = await isFile(directory.file('config.json'));
-    if (holdsRun && !resume) {
-      throw new HardmineError(
-        'ERR_CONFIG',
-        `${path} already holds a run: go on with it by --resume, or give another run directory as --out`,
-      );
-    }
-    if (!holdsRun && resume) {
-      throw new HardmineError(
-        'ERR_CONFIG',
-        `${path} holds no run to resume: leave out --resume, or give the directory of the run as --out`,
-      );
-    }
-    try {
-      const made = await mkdir(path, { recursive: true });
-      // A name that removeAbandonedFiles knows, should the process be killed here.
-      const probe = join(path, `.probe.${process.pid}-${randomBytes(4).toString('hex')}.tmp`);
-      try {
-        await (await open(probe, 'wx')).close();
-      } finally {
-        await rm(probe, { force: true });
-        if (made !== undefined) await rm(made, { recursive: true, force: true });
-      }
-    } catch (cause) {
-      throw unwritable(path, cause);
-    }
-    return directory;
+    if (holdsRun === resume) return directory;
+    await directory.close();
+    throw new HardmineError(
+      'ERR_CONFIG',
+      holdsRun
+        ? `${path} already holds a run: go on with it by --resume, or give another run directory as --out`
+        : `${path} holds no run to resume: leave out --resume, or give the directory of the run as --out`,
+    );
+  }
+
+  /** Why a second process is not kept out; null where it is. */
+  get warning(): string | null {
+    return this.lock?.warning ?? null;
   }
 
   /** The configuration that the run was started with, as it was written. */
@@ -234,10 +227,14 @@ export class RunDirectory {
   }
 
   async close(): Promise<void> {
-    await this.metrics?.close();
-    await this.events?.close();
-    this.metrics = null;
-    this.events = null;
+    try {
+      await this.metrics?.close();
+      await this.events?.close();
+      this.metrics = null;
+      this.events = null;
+    } finally {
+      await this.lock?.release();
+    }
   }
 }
 

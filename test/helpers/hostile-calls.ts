@@ -1,5 +1,6 @@
 /** Calls of the raw binding with any values of JavaScript in any place. */
 import assert from 'node:assert/strict';
+import { dirname } from 'node:path';
 import fc from 'fast-check';
 import { HardmineError } from '../../src/errors.js';
 import type { NativeAddon } from '../../src/native.js';
@@ -175,6 +176,7 @@ export async function callWithAnything(
     { handle: addon, name: 'createSession', args: [SESSION, EXECUTION] },
     { handle: addon, name: 'createEmbedder', args: [NETWORK, EXECUTION] },
     { handle: addon, name: 'openRecords', args: [files.rec, files.idx] },
+    { handle: addon, name: 'lockFolder', args: [dirname(files.rec), 'a note'] },
   ];
   const named = Object.getOwnPropertyNames(addon).filter(
     (name) => typeof loose(addon)[name] === 'function' && name !== 'setErrorClass',

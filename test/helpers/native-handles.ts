@@ -3,6 +3,8 @@
  * its methods.
  */
 import assert from 'node:assert/strict';
+import { mkdtempSync } from 'node:fs';
+import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { HardmineError } from '../../src/errors.js';
 import type {
@@ -206,6 +208,10 @@ export function handleKinds(
         return { handle: await openBatches(records), also: [records] };
       },
       calls: { seek: () => [2, 1], waitedMs: () => [], skipped: () => [], drain: () => [3] },
+    },
+    lock: {
+      make: () => alone(addon.lockFolder(mkdtempSync(join(dirname(rec), 'lock-')), 'a note')),
+      calls: {},
     },
   };
 }
