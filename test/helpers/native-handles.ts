@@ -99,18 +99,21 @@ export async function fails(call: () => unknown, code: string, message: RegExp):
   assert.match(error.message, message);
 }
 
+export const RING = {
+  batch: BATCH,
+  seed: 1,
+  mirror: true,
+  crop: 2,
+  decodeThreads: 1,
+  execution: null,
+  skip: null,
+} satisfies Omit<Parameters<NativeRecords['batches']>[0], 'images' | 'labels'>;
 /** A ring over all images of a record file, as training takes them. */
 export const openBatches = (records: NativeRecords): Promise<NativeBatches> =>
   records.batches({
     images: Int32Array.from(records.labels.keys()),
     labels: records.labels,
-    batch: BATCH,
-    seed: 1,
-    mirror: true,
-    crop: 2,
-    decodeThreads: 1,
-    execution: null,
-    skip: null,
+    ...RING,
   });
 
 export interface Disposable {

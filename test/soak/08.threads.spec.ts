@@ -4,7 +4,7 @@ import { spawn } from 'node:child_process';
 import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { ADDON, EXECUTION, SESSION, STEP } from '../helpers/native-handles.js';
+import { ADDON, EXECUTION, RING, SESSION, STEP } from '../helpers/native-handles.js';
 import { packColours } from '../helpers/packed-colours.js';
 
 describe('threads that train', function () {
@@ -28,7 +28,7 @@ describe('threads that train', function () {
       const records = await addon.openRecords(${JSON.stringify(files.rec)}, ${JSON.stringify(files.idx)});
       const batches = await records.batches({
         images: Int32Array.from(records.labels.keys()), labels: records.labels,
-        batch: ${SESSION.batch}, seed: 1, mirror: true, crop: 0, decodeThreads: 1, execution: null });
+        ...${JSON.stringify(RING)} });
       const session = await addon.createSession(${JSON.stringify(SESSION)}, execution);
       const pending = session.train(batches, new Array(workerData).fill(${JSON.stringify(STEP)}));
       parentPort.postMessage('busy');
