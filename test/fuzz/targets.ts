@@ -8,6 +8,7 @@ import { readLandmarks } from '../../src/align/landmarks.js';
 import { resolveConfig } from '../../src/config.js';
 import { CleanedList } from '../../src/data/cleaned-list.js';
 import { openEvaluationSet } from '../../src/data/evaluation-sets.js';
+import { FolderLock } from '../../src/data/folder-lock.js';
 import { imageListSource } from '../../src/data/image-list.js';
 import { type ImageSource, withoutIdentities } from '../../src/data/image-source.js';
 import { decodeImage, decodePhotograph } from '../../src/data/images.js';
@@ -368,6 +369,23 @@ export const TARGETS: Readonly<Record<string, Target>> = {
   'run-scores': {
     words: [...JSON_WORDS, '"distances"', '"same"', '"0101"', '"fold"', '[0,0,1,1]', '"list"'],
     open: ofFile('scores-lfw.json', readScores),
+  },
+
+  'lock-note': {
+    words: [...JSON_WORDS, '"instance"', '"pid"', '"host"', '"since"', '"12-345"', '1e999', '-1'],
+    open: async (folder) => {
+      const lock = await FolderLock.take(folder);
+      return {
+        async read(input) {
+          writeFileSync(join(folder, '.hardmine.lock'), input);
+          const refusal = await FolderLock.take(folder).catch((error: unknown) => error);
+          // A note that was read names a process by its number.
+          if (refusal instanceof Error && /process -?\d/.test(refusal.message)) return refusal;
+          throw refusal;
+        },
+        close: () => lock.release(),
+      };
+    },
   },
 
   'unfinished-pack': {
