@@ -2,7 +2,13 @@
 import { MultiBar, Presets, type SingleBar } from 'cli-progress';
 import type { DataProgress } from '../data/dataset.js';
 import type { FinalResult } from '../train/evaluation.js';
-import type { EpochEvent, TrainerEvent, TrainingPlan, ValidationEvent } from '../trainer.js';
+import type {
+  EpochEvent,
+  StepEvent,
+  TrainerEvent,
+  TrainingPlan,
+  ValidationEvent,
+} from '../trainer.js';
 import { colours, output, percent } from './command.js';
 import type { Restart } from './supervisor.js';
 
@@ -32,6 +38,8 @@ export class TrainingLog {
   private bar: SingleBar | null = null;
   private plan: TrainingPlan | null = null;
   private lastLineMs = Number.NEGATIVE_INFINITY;
+  /** The first steps that were told: since then is measured what is left. */
+  private first: { step: number; time: number } | null = null;
 
   preparing({ phase, done, total }: DataProgress): void {
     if (this.terminal) process.stderr.write(`\r\x1b[K${phase} ${done} of ${total}`);
@@ -41,6 +49,7 @@ export class TrainingLog {
   /** @param report the page that follows the run */
   start(plan: TrainingPlan, step: number, report?: string): void {
     this.plan = plan;
+    this.first = null;
     if (!this.terminal) {
       this.line('start', { step, ...plan });
       return;
@@ -72,6 +81,18 @@ export class TrainingLog {
     });
   }
 
+  /** By the pace of the run so far, validations and checkpoints in it: that of the last steps jumps. */
+  private secondsLeft(event: StepEvent): number {
+    const { images = 0, stepsPerEpoch = 1, totalSteps = 0 } = this.plan ?? {};
+    this.first ??= event;
+    const steps = event.step - this.first.step;
+    const secondsPerStep =
+      steps > 0
+        ? (event.time - this.first.time) / steps
+        : images / stepsPerEpoch / event.imagesPerSecond;
+    return (totalSteps - event.step) * secondsPerStep;
+  }
+
   event(event: TrainerEvent): void {
     switch (event.type) {
       case 'step': {
@@ -80,14 +101,12 @@ export class TrainingLog {
           if (this.isDue(event.step === this.plan?.totalSteps)) this.line(type, figures);
           return;
         }
-        const batch = (this.plan?.images ?? 0) / (this.plan?.stepsPerEpoch || 1);
-        const left = ((this.plan?.totalSteps ?? 0) - event.step) * batch;
         this.bar?.update(event.step, {
           epoch: String(event.epoch),
           loss: event.baseLoss.toFixed(3),
           accuracy: percent(event.accuracy),
           speed: event.imagesPerSecond.toFixed(0),
-          left: duration(left / event.imagesPerSecond),
+          left: duration(this.secondsLeft(event)),
         });
         return;
       }
