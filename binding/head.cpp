@@ -190,53 +190,25 @@ Napi::Value Head::peak_extra_bytes(const Napi::CallbackInfo& info) {
       [bytes](Napi::Env env) { return Napi::Number::New(env, static_cast<double>(*bytes)); });
 }
 
-enum class Timed : uint8_t { forward_backward, step, products };
-
-// Milliseconds of one run each. Embeddings and labels are the same in every run: normal deviates
-// and uniform classes from a fixed seed. Stops early when cancelled.
-void time_runs(MarginHead& head, const HeadSpec& spec, Timed what, int64_t row_count,
-               std::span<double> ms, const std::atomic<bool>& cancelled) {
+// Normal deviates and uniform classes from a fixed seed: the same in every run.
+Rows drawn_rows(const HeadSpec& spec, int64_t count) {
   constexpr uint64_t kSeed = 1;
-  const auto rows = static_cast<size_t>(row_count);
-  const auto dim = static_cast<size_t>(spec.dim);
-  const auto classes = static_cast<size_t>(spec.classes);
-  Rows data{std::vector<float>(rows * dim), std::vector<int32_t>(rows)};
-  for (size_t i = 0; i < data.embeddings.size(); ++i) {
+  const auto rows = static_cast<size_t>(count);
+  const auto classes = static_cast<uint64_t>(spec.classes);
+  Rows data{std::vector<float>(rows * static_cast<size_t>(spec.dim)), std::vector<int32_t>(rows)};
+  for (size_t i = 0; i < data.embeddings.size(); ++i)
     data.embeddings[i] = static_cast<float>(random_normal(kSeed, 0, i));
-  }
-  for (size_t i = 0; i < rows; ++i) {
+  for (size_t i = 0; i < rows; ++i)
     data.labels[i] = static_cast<int32_t>(random_below(random_bits(kSeed, 1, i), classes));
-  }
-  const bool gradients = what == Timed::forward_backward;
-  std::vector<float> base_loss(rows), weighted_loss(rows), grad_embeddings(rows * dim);
-  std::vector<float> grad_weights(gradients ? classes * dim : 0);
-  std::vector<float> grad_bias(gradients && spec.loss.base == BaseKind::softmax ? classes : 0);
-  HeadOutput output{0, base_loss, weighted_loss, grad_embeddings, grad_weights, grad_bias};
-  for (double& run_ms : ms) {
-    if (cancelled) return;
-    const auto start = std::chrono::steady_clock::now();
-    switch (what) {
-      case Timed::forward_backward:
-        head.forward_backward(data.input(), output);
-        break;
-      case Timed::step:
-        head.step(data.input(), StepSettings{}, grad_embeddings);
-        break;
-      case Timed::products:
-        run_ms = head.time_products(row_count).products_ms;
-        continue;
-    }
-    run_ms =
-        std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
-  }
+  return data;
 }
 
 Napi::Value Head::time(const Napi::CallbackInfo& info) {
   constexpr int64_t kMostRows = 1 << 20, kMostRepeats = 1 << 20;
-  const auto what = to_choice<Timed>(info[0], "what",
-                                     {{"forwardBackward", Timed::forward_backward},
-                                      {"step", Timed::step},
-                                      {"products", Timed::products}});
+  const auto what = to_choice<HeadWork>(info[0], "what",
+                                        {{"forwardBackward", HeadWork::forward_backward},
+                                         {"step", HeadWork::step},
+                                         {"products", HeadWork::products}});
   const int64_t rows = to_integer(info[1], "rows", 1, kMostRows);
   const int64_t repeats = to_integer(info[2], "repeats", 1, kMostRepeats);
   const auto ms =
@@ -244,7 +216,8 @@ Napi::Value Head::time(const Napi::CallbackInfo& info) {
   return submit(
       info, "head.time",
       [slot = slot_, spec = spec_, what, rows, ms](const std::atomic<bool>& cancelled) {
-        time_runs(*slot->object->head, spec, what, rows, ms->span(), cancelled);
+        const Rows data = drawn_rows(spec, rows);
+        slot->object->head->time(what, data.input(), ms->span(), cancelled);
       },
       [ms](Napi::Env) { return ms->value(); });
 }

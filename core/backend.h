@@ -94,9 +94,9 @@ struct HeadOutput {
   std::span<float> grad_bias;        // [classes], softmax only
 };
 
-struct HeadTimings {
-  double products_ms = 0;  // the three bare matrix products of one forward and backward
-};
+// What `bench head` times: a pass with all gradients, a step, or the three bare matrix products of
+// one pass.
+enum class HeadWork : uint8_t { forward_backward, step, products };
 
 // A margin-softmax head on its own, its class weights kept on the device.
 class MarginHead {
@@ -115,8 +115,10 @@ class MarginHead {
                          std::span<float> grad_embeddings) = 0;
   // Most bytes held beyond weights, momentum, inputs and gradients so far.
   virtual size_t peak_extra_bytes() const = 0;
-  // One timed run of the bare products at this many rows, for `bench head`.
-  virtual HeadTimings time_products(int64_t rows) = 0;
+  // Milliseconds of runs over `input`, one after the other, by the device's own clock: copies to
+  // and from a device are not in them. Steps move the weights. Stops early when cancelled.
+  virtual void time(HeadWork work, const HeadInput& input, std::span<double> ms,
+                    const std::atomic<bool>& cancelled) = 0;
 };
 
 enum class TensorRole : uint8_t { parameter, statistic, optimizer };

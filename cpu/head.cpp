@@ -484,8 +484,7 @@ struct HeadBase::WholeProducts {
   std::vector<Chain> chains;
 };
 
-HeadTimings HeadBase::time_products(int64_t rows) {
-  if (rows < 1) throw Error(codes::kInput, "The products need at least one row.");
+double HeadBase::products_ms(int64_t rows) {
   if (whole_products_ == nullptr || whole_products_->rows != rows) {
     whole_products_ = nullptr;
     auto made = std::make_shared<WholeProducts>();
@@ -542,7 +541,35 @@ HeadTimings HeadBase::time_products(int64_t rows) {
     chain.weights.run(stream_, whole.gradient.data(), whole.x.data(), whole.grad_w.data());
     best = std::min(best, now_ms() - start);
   }
-  return {best};
+  return best;
+}
+
+void HeadBase::time(HeadWork work, const HeadInput& input, std::span<double> ms,
+                    const std::atomic<bool>& cancelled) {
+  require_head_input(input, spec_);
+  const bool gradients = work == HeadWork::forward_backward;
+  const auto count = [](int64_t values) { return static_cast<size_t>(values); };
+  std::vector<float> base_loss(input.labels.size()), weighted_loss(input.labels.size());
+  std::vector<float> grad_embeddings(input.embeddings.size());
+  std::vector<float> grad_weights(gradients ? count(spec_.classes * spec_.dim) : 0);
+  std::vector<float> grad_bias(gradients ? bias_.span().size() : 0);
+  HeadOutput output{0, base_loss, weighted_loss, grad_embeddings, grad_weights, grad_bias};
+  for (double& run_ms : ms) {
+    if (cancelled) return;
+    const double start = now_ms();
+    switch (work) {
+      case HeadWork::forward_backward:
+        forward_backward(input, output);
+        break;
+      case HeadWork::step:
+        step(input, StepSettings{}, grad_embeddings);
+        break;
+      case HeadWork::products:
+        run_ms = products_ms(static_cast<int64_t>(input.labels.size()));
+        continue;
+    }
+    run_ms = now_ms() - start;
+  }
 }
 
 std::unique_ptr<CpuMarginHead> make_cpu_head(const HeadSpec& spec, const Execution& execution) {

@@ -164,7 +164,8 @@ class HeadBase : public CpuMarginHead {
   StepStats step(const HeadInput& input, const StepSettings& settings,
                  std::span<float> grad_embeddings) override;
   size_t peak_extra_bytes() const override { return meter_.peak; }
-  HeadTimings time_products(int64_t rows) override;
+  void time(HeadWork work, const HeadInput& input, std::span<double> ms,
+            const std::atomic<bool>& cancelled) override;
 
   std::span<float> weights() override { return weights_.span(); }
   std::span<float> bias() override { return bias_.span(); }
@@ -174,6 +175,8 @@ class HeadBase : public CpuMarginHead {
   void state_changed() override;
 
  protected:
+  double products_ms(int64_t rows);  // of one run of the bare products
+
   // What one pass is to leave behind. Exactly one of the two: gradients of the weights written
   // where they are wanted, or (settings != null) an SGD step made with them.
   struct Request {

@@ -7,8 +7,10 @@
 #include <compare>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <string_view>
 #include <system_error>
 
@@ -97,14 +99,12 @@ std::string describe(const ConvolutionShape& s, ConvolutionPass pass) {
          std::to_string(s.padding) + ", " + name_of(s.precision);
 }
 
-bool tf32_allowed() {
-  const char* tf32 = std::getenv("NVIDIA_TF32_OVERRIDE");
-  return tf32 == nullptr || std::string_view(tf32) != "0";
-}
-
-// cudnnStatus_t numbers 3000 to 3999 are kinds of "not supported".
-bool is_unsupported(cudnn::Status status) {
-  return static_cast<int>(status) / 1000 == static_cast<int>(cudnn::Status::not_supported) / 1000;
+// cudnnStatus_t numbers from 3000 are kinds of "not supported"; from 4000 and 5000 on, what went
+// wrong inside, which can be one engine's fault alone, as a compilation at run time that fails.
+bool is_refusal(cudnn::Status status) {
+  const int kind = static_cast<int>(status) / 1000;
+  return kind == 3 ||
+         ((kind == 4 || kind == 5) && status != cudnn::Status::device_allocation_failed);
 }
 
 // ---- The cache on disk: a file for each key, which holds the key and the winner ----
@@ -195,10 +195,10 @@ class ConvolutionPlan::Descriptor {
     return value;
   }
 
-  // False when this machine has no such thing, an answer that asking is for.
-  bool finalise_if_supported(std::string_view what) {
+  // False when there is no such thing here, an answer that asking is for.
+  bool finalise_unless_refused(std::string_view what) {
     const cudnn::Status status = library_->finalise(get());
-    if (is_unsupported(status)) return false;
+    if (is_refusal(status)) return false;
     check(*library_, status, what);
     return true;
   }
@@ -345,7 +345,7 @@ bool ConvolutionPlan::build_graph() {
     sums.set(Attribute::statistics_x, y);
     sums.set(Attribute::statistics_sum, sum);
     sums.set(Attribute::statistics_squares, squares);
-    if (!sums.finalise_if_supported(what)) return false;
+    if (!sums.finalise_unless_refused(what)) return false;
     operations.push_back(sums.get());
   }
 
@@ -354,7 +354,7 @@ bool ConvolutionPlan::build_graph() {
     graph.set(Attribute::operation_graph_handle, AttributeType::handle, owner_.handle_.get());
   graph.set(Attribute::operation_graph_operations, AttributeType::descriptor, operations.data(),
             static_cast<int64_t>(operations.size()));
-  if (key_.pass == ConvolutionPass::forward_with_sums) return graph.finalise_if_supported(what);
+  if (key_.pass == ConvolutionPass::forward_with_sums) return graph.finalise_unless_refused(what);
   graph.finalise(what);
   return true;
 }
@@ -371,11 +371,11 @@ void ConvolutionPlan::add_candidates(cudnn::HeuristicMode mode) {
   heuristic.set(Attribute::heuristic_mode, AttributeType::heuristic_mode, mode);
   if (device_properties_ != nullptr)
     heuristic.set(Attribute::heuristic_device_properties, *device_properties_);
-  if (!heuristic.finalise_if_supported(describe())) return;
+  if (!heuristic.finalise_unless_refused(describe())) return;
   int64_t count = 0;
   const cudnn::Status counted = library.get_attribute(
       heuristic.get(), Attribute::heuristic_results, AttributeType::descriptor, 0, &count, nullptr);
-  if (is_unsupported(counted)) return;
+  if (is_refusal(counted)) return;
   check(library, counted, describe());
   std::vector<Descriptor> configs;
   std::vector<cudnn::Descriptor> pointers;
@@ -432,7 +432,7 @@ void ConvolutionPlan::add_candidates(cudnn::HeuristicMode mode) {
     if (owner_.handle_ != nullptr)
       plan.set(Attribute::execution_plan_handle, AttributeType::handle, owner_.handle_.get());
     plan.set(Attribute::execution_plan_engine_config, config);
-    if (!plan.finalise_if_supported(describe())) continue;
+    if (!plan.finalise_unless_refused(describe())) continue;
     const auto bytes =
         static_cast<size_t>(plan.get_int64(Attribute::execution_plan_workspace_bytes));
     if (bytes > owner_.choice_.workspace_limit) continue;
@@ -503,22 +503,28 @@ void ConvolutionPlan::run_candidate(Candidate& candidate, const ConvolutionMaps&
 }
 
 void ConvolutionPlan::choose(const ConvolutionMaps& maps) {
-  if (candidates_.size() > 1) {
-    size_t best = 0;
-    double best_time = 0;
-    for (size_t i = 0; i < candidates_.size(); ++i) {
-      const double time =
-          median_milliseconds(*owner_.stream_, [&] { run_candidate(candidates_[i], maps); });
-      if (i == 0 || time < best_time) {
-        best = i;
-        best_time = time;
-      }
+  if (candidates_.size() == 1) return;
+  std::optional<size_t> best;
+  double best_time = 0;
+  std::exception_ptr failure;
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    try {
+      const TimedWork work(*owner_.stream_, [&] { run_candidate(candidates_[i], maps); });
+      const double time = work.median_milliseconds();
+      if (best && time >= best_time) continue;
+      best = i;
+      best_time = time;
+    } catch (const Error& error) {
+      // What an engine can do shows when it runs; with another the session goes on.
+      if (std::string_view(error.code()) != codes::kBackend) throw;
+      failure = std::current_exception();
     }
-    std::swap(candidates_[0], candidates_[best]);
-    candidates_.erase(candidates_.begin() + 1, candidates_.end());
-    candidates_[0].packs.clear();
-    write_cache(cache_key(), id());
   }
+  if (!best) std::rethrow_exception(failure);
+  std::swap(candidates_[0], candidates_[*best]);
+  candidates_.erase(candidates_.begin() + 1, candidates_.end());
+  candidates_[0].packs.clear();
+  write_cache(cache_key(), id());
 }
 
 void ConvolutionPlan::run(const ConvolutionMaps& maps) {

@@ -353,7 +353,8 @@ class CudaMarginHead : public MarginHead {
                  std::span<float> grad_embeddings) override;
 
   size_t peak_extra_bytes() const override { return peak_extra_; }
-  HeadTimings time_products(int64_t rows) override;
+  void time(HeadWork work, const HeadInput& input, std::span<double> ms,
+            const std::atomic<bool>& cancelled) override;
 
  private:
   // A batch's memory on the device.
@@ -383,6 +384,8 @@ class CudaMarginHead : public MarginHead {
   }
   // Copies the record to the host, waits, and throws where a loss is not finite.
   const StepRecord& finish();
+  HeadPass pass_with_gradients();  // of weights and biases, which stay on the device
+  void enqueue_inputs();
   void enqueue_step();
 
   const HeadSpec spec_;
@@ -446,12 +449,31 @@ void CudaMarginHead::upload(const HeadInput& input) {
   std::copy(input.labels.begin(), input.labels.end(), host_labels_.data());
 }
 
-// The part of a step that is the same each time; the host's arrays are read when it runs.
-void CudaMarginHead::enqueue_step() {
+HeadPass CudaMarginHead::pass_with_gradients() {
+  HeadPass wanted = pass();
+  const auto layout = [&](Arena arena) {
+    wanted.grad_weights = arena.take<float>(spec_.classes * spec_.dim);
+    wanted.grad_bias = arena.take<float>(biases() == 0 ? 0 : HeadShape::padded(biases()));
+    return arena.bytes();
+  };
+  const size_t bytes = layout(Arena());
+  if (gradients_.bytes() == 0)
+    gradients_ = allocate_device(bytes, "the gradients of " + size_text());
+  layout(Arena(gradients_));
+  return wanted;
+}
+
+// The host's arrays are read when it runs.
+void CudaMarginHead::enqueue_inputs() {
   copy_async(inputs_.embeddings, host_embeddings_.data(), host_embeddings_.size(),
              cudaMemcpyHostToDevice, *stream_, "embeddings");
   copy_async(inputs_.labels, host_labels_.data(), host_labels_.size(), cudaMemcpyHostToDevice,
              *stream_, "labels");
+}
+
+// The part of a step that is the same each time.
+void CudaMarginHead::enqueue_step() {
+  enqueue_inputs();
   copy_async(inputs_.settings, host_settings_.data(), 1, cudaMemcpyHostToDevice, *stream_,
              "step settings");
   HeadPass step = pass();
@@ -482,23 +504,10 @@ void CudaMarginHead::forward_backward(const HeadInput& input, HeadOutput& output
 
   const DeviceScope scope(device_);
   make_room(rows);
-  HeadPass wanted = pass();
-  if (!output.grad_weights.empty() || !output.grad_bias.empty()) {
-    const auto layout = [&](Arena arena) {
-      wanted.grad_weights = arena.take<float>(spec_.classes * spec_.dim);
-      wanted.grad_bias = arena.take<float>(biases() == 0 ? 0 : HeadShape::padded(biases()));
-      return arena.bytes();
-    };
-    const size_t bytes = layout(Arena());
-    if (gradients_.bytes() == 0)
-      gradients_ = allocate_device(bytes, "the gradients of " + size_text());
-    layout(Arena(gradients_));
-  }
+  const bool of_weights = !output.grad_weights.empty() || !output.grad_bias.empty();
+  const HeadPass wanted = of_weights ? pass_with_gradients() : pass();
   upload(input);
-  copy_async(inputs_.embeddings, host_embeddings_.data(), host_embeddings_.size(),
-             cudaMemcpyHostToDevice, *stream_, "embeddings");
-  copy_async(inputs_.labels, host_labels_.data(), host_labels_.size(), cudaMemcpyHostToDevice,
-             *stream_, "labels");
+  enqueue_inputs();
   head_->enqueue(wanted, *products_, *stream_);
   copy_async(host_record_.data(), inputs_.record, 1, cudaMemcpyDeviceToHost, *stream_,
              "step figures");
@@ -535,17 +544,32 @@ StepStats CudaMarginHead::step(const HeadInput& input, const StepSettings& setti
   return stats;
 }
 
-HeadTimings CudaMarginHead::time_products(int64_t rows) {
-  if (rows < 1) throw Error(codes::kInput, "The products need at least one row.");
+void CudaMarginHead::time(HeadWork work, const HeadInput& input, std::span<double> ms,
+                          const std::atomic<bool>& cancelled) {
+  require_head_input(input, spec_);
+  require_embeddings(input, spec_);
   const DeviceScope scope(device_);
-  make_room(rows);
-  head_->enqueue_products(*products_, *stream_);  // picks the algorithms
-  const Event start(Timing::on), end(Timing::on);
-  start.record(stream_->get());
-  head_->enqueue_products(*products_, *stream_);
-  end.record(stream_->get());
-  end.synchronize();
-  return {static_cast<double>(end.milliseconds_since(start))};
+  make_room(static_cast<int64_t>(input.labels.size()));
+  upload(input);
+  enqueue_inputs();
+  HeadPass timed = work == HeadWork::forward_backward ? pass_with_gradients() : pass();
+  if (work == HeadWork::step) {
+    host_settings_[0] = parameters_of(StepSettings{});
+    copy_async(inputs_.settings, host_settings_.data(), 1, cudaMemcpyHostToDevice, *stream_,
+               "step settings");
+    timed.settings = inputs_.settings;
+  }
+  const TimedWork runs(*stream_, [&] {
+    if (work == HeadWork::products) {
+      head_->enqueue_products(*products_, *stream_);
+    } else {
+      head_->enqueue(timed, *products_, *stream_);
+    }
+  });
+  for (double& run_ms : ms) {
+    if (cancelled) return;
+    run_ms = runs.milliseconds();
+  }
 }
 
 }  // namespace

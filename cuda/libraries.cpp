@@ -232,6 +232,11 @@ CublasLt load_cublas_lt(const SymbolSource& symbols, const std::string& name) {
   return library;
 }
 
+bool tf32_allowed() {
+  const char* tf32 = std::getenv("NVIDIA_TF32_OVERRIDE");
+  return tf32 == nullptr || std::string_view(tf32) != "0";
+}
+
 Cudnn open_cudnn() {
   // Once opened by their paths, cuDNN finds both by their names, of the version that it was built
   // for. Without NVRTC it has its precompiled engines.

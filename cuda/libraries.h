@@ -248,6 +248,9 @@ Libraries open_libraries();
 // For `doctor`: library -> version, or a sentence of what is missing and what brings it.
 std::vector<std::pair<std::string, std::string>> describe_libraries();
 
+// Whether fp32 may be multiplied as TF32: NVIDIA_TF32_OVERRIDE=0 in the environment forbids it.
+bool tf32_allowed();
+
 // "9.24.0" of cuDNN's 92400 and cuBLASLt's 130100.
 std::string version_text(size_t version);
 

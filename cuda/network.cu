@@ -655,10 +655,11 @@ class NetworkOf : public TrainingNetwork {
     if (convolution.forward_with_sums == nullptr) return;
     convolution.forward_with_sums->choose(forward_maps(from));
     const auto time = [&] {
-      return median_milliseconds(stream_, [&] {
+      const TimedWork work(stream_, [&] {
         run_convolution(from);
         run_statistics<T>(i);
       });
+      return work.median_milliseconds();
     };
     const double with_sums = time();
     float* sums = std::exchange(convolution.sums, nullptr);

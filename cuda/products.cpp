@@ -64,7 +64,7 @@ Products::Prepared Products::prepare(const Key& key) const {
   };
   cublas_lt::MatmulDescriptor matmul = nullptr;
   checked(library_.matmul_create(&matmul,
-                                 s.operands == NumberType::fp32
+                                 s.operands == NumberType::fp32 && tf32_allowed()
                                      ? cublas_lt::ComputeType::fp32_fast_tf32
                                      : cublas_lt::ComputeType::fp32,
                                  cublas_lt::DataType::fp32));

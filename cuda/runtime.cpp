@@ -151,23 +151,36 @@ CapturedGraph::CapturedGraph(const Stream& stream, const std::function<void()>& 
   check(cudaGraphUpload(executable, stream.get()), "cudaGraphUpload");
 }
 
-double median_milliseconds(const Stream& stream, const std::function<void()>& enqueue) {
-  const Event start(Timing::on), stop(Timing::on);
-  std::array<double, 5> times{};
-  enqueue();
-  for (double& time : times) {
-    start.record(stream.get());
-    enqueue();
-    stop.record(stream.get());
-    stop.synchronize();
-    time = stop.milliseconds_since(start);
-  }
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
-}
-
 void CapturedGraph::launch(const Stream& stream) const {
   check(cudaGraphLaunch(graph_.get(), stream.get()), "cudaGraphLaunch");
+}
+
+TimedWork::TimedWork(const Stream& stream, const std::function<void()>& enqueue)
+    : stream_(stream), graph_(capture(stream, enqueue)) {
+  graph_.launch(stream_);  // the first launch of a graph also uploads it
+}
+
+CapturedGraph TimedWork::capture(const Stream& stream, const std::function<void()>& enqueue) {
+  enqueue();
+  return {stream, [&] {
+            for (int run = 0; run < kRuns; ++run) enqueue();
+          }};
+}
+
+double TimedWork::milliseconds() const {
+  const Event start(Timing::on), stop(Timing::on);
+  start.record(stream_.get());
+  graph_.launch(stream_);
+  stop.record(stream_.get());
+  stop.synchronize();
+  return static_cast<double>(stop.milliseconds_since(start)) / kRuns;
+}
+
+double TimedWork::median_milliseconds() const {
+  std::array<double, 5> times{};
+  for (double& time : times) time = milliseconds();
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2];
 }
 
 void* allocate_pinned(size_t bytes) {

@@ -83,10 +83,6 @@ class Event {
   friend class Stream;
 };
 
-// Milliseconds that the work takes which `enqueue` puts on the stream: the median of five runs
-// after one that loads its kernels. Waits for the stream.
-double median_milliseconds(const Stream& stream, const std::function<void()>& enqueue);
-
 // Work that was enqueued once and is launched many times. Pointers, shapes and values given to
 // kernels are those of the capture.
 class CapturedGraph {
@@ -98,6 +94,25 @@ class CapturedGraph {
 
  private:
   Owned<cudaGraphExec_t, cudaGraphExecDestroy> graph_;
+};
+
+// How long work takes on the device: several runs of it as one graph, because the host takes as
+// long to launch a kernel as a small one runs.
+class TimedWork {
+ public:
+  // Runs `enqueue`, which is as CapturedGraph wants it, once outside a capture, so that all is
+  // loaded.
+  TimedWork(const Stream& stream, const std::function<void()>& enqueue);
+  // Of one run. Waits for the stream.
+  double milliseconds() const;
+  double median_milliseconds() const;  // of five times
+
+ private:
+  static constexpr int kRuns = 8;
+  static CapturedGraph capture(const Stream& stream, const std::function<void()>& enqueue);
+
+  const Stream& stream_;
+  CapturedGraph graph_;
 };
 
 void* allocate_pinned(size_t bytes);

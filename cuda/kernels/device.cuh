@@ -17,29 +17,31 @@ inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullMask = 0xFFFFFFFFU;
 
 // ---- Numbers: operands are stored as T (float, __half, __nv_bfloat16), sums are float ----
+// On both sides: of a __device__ function that a host template calls, nvcc makes exit(1) in
+// silence.
 
-__device__ inline float to_float(float x) {
+__host__ __device__ inline float to_float(float x) {
   return x;
 }
-__device__ inline float to_float(__half x) {
+__host__ __device__ inline float to_float(__half x) {
   return __half2float(x);
 }
-__device__ inline float to_float(__nv_bfloat16 x) {
+__host__ __device__ inline float to_float(__nv_bfloat16 x) {
   return __bfloat162float(x);
 }
 
 template <typename T>
-__device__ T from_float(float x);
+__host__ __device__ T from_float(float x);
 template <>
-__device__ inline float from_float<float>(float x) {
+__host__ __device__ inline float from_float<float>(float x) {
   return x;
 }
 template <>
-__device__ inline __half from_float<__half>(float x) {
+__host__ __device__ inline __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+__host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 

@@ -23,7 +23,10 @@ struct Gpu {
 
  private:
   static const cuda::Libraries& opened() {
-    static const cuda::Libraries libraries = cuda::open_libraries();
+    static const cuda::Libraries libraries = [] {
+      setenv("NVIDIA_TF32_OVERRIDE", "0", 1);  // what is compared with double is plain fp32
+      return cuda::open_libraries();
+    }();
     return libraries;
   }
 };

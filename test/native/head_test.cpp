@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -1096,11 +1097,19 @@ TEST_CASE("the fused head needs far less memory than the unfused one") {
   CHECK(fused->peak_extra_bytes() < unfused->peak_extra_bytes());
 }
 
-TEST_CASE("bare products take time") {
+TEST_CASE("what is timed takes time, until it is cancelled") {
   const LossSpec spec = loss_of("arcface");
   const Problem p = make_problem(spec, 8, 32, 100, gate_target);
   for (const Precision precision : {Precision::fp32, Precision::bf16}) {
-    CHECK(make_head(spec, p, Implementation::fused, precision)->time_products(8).products_ms > 0);
+    const auto head = make_head(spec, p, Implementation::fused, precision);
+    for (const HeadWork work : {HeadWork::forward_backward, HeadWork::step, HeadWork::products}) {
+      std::vector<double> ms(2);
+      head->time(work, {p.x, p.labels}, ms, std::atomic<bool>(false));
+      for (const double run_ms : ms) CHECK(run_ms > 0);
+      ms = {0, 0};
+      head->time(work, {p.x, p.labels}, ms, std::atomic<bool>(true));
+      CHECK(ms == std::vector<double>{0, 0});
+    }
   }
 }
 

@@ -3,6 +3,7 @@
 #include <doctest/doctest.h>
 
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <numbers>
@@ -21,6 +22,7 @@ using hardmine::EuclideanMargin;
 using hardmine::Execution;
 using hardmine::HardMiningForm;
 using hardmine::HeadSpec;
+using hardmine::HeadWork;
 using hardmine::Implementation;
 using hardmine::LossSpec;
 using hardmine::MarginHead;
@@ -1257,7 +1259,12 @@ TEST_CASE("forward_backward leaves the weights, takes any number of rows and any
     head->read_weights(w, bias);
     CHECK(w == floats(p.w));
     CHECK(bias == floats(p.bias));
-    CHECK(head->time_products(3).products_ms > 0);
+    for (const HeadWork work : {HeadWork::forward_backward, HeadWork::step, HeadWork::products}) {
+      std::vector<double> ms(2);
+      const Floats x = floats(p.x);
+      head->time(work, {x, p.labels}, ms, std::atomic<bool>(false));
+      for (const double run_ms : ms) CHECK(run_ms > 0);
+    }
   }
 }
 
@@ -1281,7 +1288,9 @@ TEST_CASE("wrong input and settings are refused with the CPU head's sentences") 
         "ERR_INPUT: The class weights have 19 numbers; 20 were expected.");
   CHECK(error_of([&] { head->set_weights(floats(p.w), Floats(5)); }) ==
         "ERR_INPUT: The biases have 5 numbers; 0 were expected.");
-  CHECK(error_of([&] { head->time_products(0); }).find("ERR_INPUT") == 0);
+  CHECK(error_of([&] {
+          head->time(HeadWork::products, {}, {}, std::atomic<bool>(false));
+        }).find("ERR_INPUT") == 0);
   hardmine::HeadOutput output;
   Floats small(2);
   output.base_loss = small;
