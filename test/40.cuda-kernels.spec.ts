@@ -2,7 +2,7 @@
 // registers. What the kernels compute is tested by test_simt (05.native.spec.ts), without nvcc.
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -50,4 +50,16 @@ describe('CUDA kernels under nvcc', () => {
       }
     });
   }
+
+  it('the addon ends no process', function () {
+    // Where a host template calls a __device__ function, nvcc compiles exit(1), without a word.
+    const addon = join(ROOT, 'build/Release/hardmine_cuda.node');
+    if (!existsSync(addon)) skip(this, 'the CUDA addon is not built');
+    const { status, stdout } = spawnSync('nm', ['-D', '--undefined-only', addon], {
+      encoding: 'utf8',
+    });
+    assert.equal(status, 0);
+    assert.match(stdout, /\bmemcpy\b/);
+    assert.doesNotMatch(stdout, /\b_?exit\b/);
+  });
 });

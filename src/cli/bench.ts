@@ -1,5 +1,5 @@
 import { mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
+import { availableParallelism, tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import sharp from 'sharp';
@@ -10,6 +10,7 @@ import { resolveLoss } from '../loss.js';
 import {
   chooseDevice,
   type NativeBatches,
+  type NativeExecution,
   type NativeRecords,
   type NativeStepSettings,
   type Precision,
@@ -35,6 +36,8 @@ const EMBEDDING = 512;
 /** Untimed runs: the first ones make and warm what the later ones use. */
 const WARM_UP = 2;
 const IMAGES = 512;
+/** Of a timed run on a GPU: some 30 ms of an H100's time. */
+const IMAGES_ON_GPU = 2048;
 
 interface Options extends CommonOptions {
   device: string;
@@ -218,14 +221,21 @@ async function benchStep(options: DataBench & { classes: number }): Promise<void
       },
       execution,
     );
-    const batches = await makeBatches(records, batch, classes, 1);
+    const onCpu = addon.backend === 'cpu';
+    const batches = await makeBatches(records, batch, classes, {
+      decodeThreads: onCpu ? 1 : Math.min(16, availableParallelism()),
+      execution: onCpu ? null : execution,
+    });
+    // On a GPU as in training, where nothing waits between the steps of a run.
+    const steps = new Array(onCpu ? 1 : Math.max(4, Math.ceil(IMAGES_ON_GPU / batch))).fill(STEP);
     try {
       await session.train(batches, new Array(WARM_UP).fill(STEP));
+      if (!onCpu) await session.train(batches, steps);
       const speeds: number[] = [];
       for (let i = 0; i < repeats; i++) {
         const startMs = performance.now();
-        await session.train(batches, [STEP]);
-        speeds.push((1000 * batch) / (performance.now() - startMs));
+        await session.train(batches, steps);
+        speeds.push((1000 * batch * steps.length) / (performance.now() - startMs));
       }
       return {
         precision: execution.precision,
@@ -265,7 +275,10 @@ async function benchData(options: DataBench): Promise<void> {
   const { batch, repeats } = options;
   const perRun = Math.max(1, Math.ceil(IMAGES / batch));
   const imagesPerSecond = await withImages(options, async (records) => {
-    const batches = await makeBatches(records, batch, 2, threads);
+    const batches = await makeBatches(records, batch, 2, {
+      decodeThreads: threads,
+      execution: null,
+    });
     try {
       await batches.drain(perRun);
       const speeds: number[] = [];
@@ -294,7 +307,7 @@ function makeBatches(
   records: NativeRecords,
   batch: number,
   classes: number,
-  decodeThreads: number,
+  by: { decodeThreads: number; execution: NativeExecution | null },
 ): Promise<NativeBatches> {
   const random = new RandomStream(1, 0);
   const count = Math.max(records.images, batch);
@@ -305,8 +318,7 @@ function makeBatches(
     seed: 1,
     mirror: true,
     crop: 0,
-    decodeThreads,
-    execution: null,
+    ...by,
     skip: null,
   });
 }

@@ -9,9 +9,9 @@ import * as fs from 'node:fs';
 import { cpus, homedir, release } from 'node:os';
 import { basename, join } from 'node:path';
 
-const PARTS = ['doctor', 'tests', 'head', 'step', 'data', 'peers', 'sanitizer'];
-/** Characters kept of what a command prints beside its JSON. */
-const KEPT = 4000;
+const PARTS = ['doctor', 'tests', 'head', 'step', 'data', 'peers', 'compiled', 'sanitizer'];
+/** Characters kept of what a command prints beside its JSON: of a test that fails, hundreds of lines. */
+const KEPT = 40_000;
 
 const [folder, ...given] = process.argv.slice(2);
 const kit = join(folder, 'kit');
@@ -253,6 +253,32 @@ const batches = onCpu ? [4] : [64, 256, 1024];
 const repeats = ['--repeats', onCpu ? '2' : '30'];
 const classes = onCpu ? ['--classes', '100'] : [];
 
+/** The same work in PyTorch. */
+async function runPeers(part, compiled) {
+  if (result.host.python === null) return skipped(part, 'python3 has no torch here');
+  const python = async (script, given) => {
+    const args = [...given, ...compiled, '--device', device, ...repeats];
+    if (script === 'step.py') args.push(...classes);
+    await run(
+      part,
+      `${script} ${[...given, ...compiled].join(' ')}`,
+      'python3',
+      [join(kit, 'bench', 'peers', script), ...args],
+      { env: hostEnv, json: true, seconds: compiled.length > 0 ? 180 : 90 },
+    );
+  };
+  for (const precision of precisions) {
+    for (const shape of shapes) {
+      await python('head.py', ['--precision', precision, '--shapes', shape]);
+    }
+  }
+  for (const precision of stepPrecisions) {
+    for (const batch of batches) {
+      await python('step.py', ['--precision', precision, '--batch', String(batch)]);
+    }
+  }
+}
+
 const parts = {
   async doctor() {
     await run('doctor', 'doctor', hardmine, ['doctor', '--json'], { seconds: 60, json: true });
@@ -284,7 +310,8 @@ const parts = {
       for (const batch of batches) {
         const args = ['--device', device, '--precision', precision, '--batch', batch, ...classes];
         const command = ['bench', 'step', '--json', ...args, ...repeats].map(String);
-        const options = { seconds: 120, json: true };
+        // The first also times cuDNN's engines, from a cold disk.
+        const options = { seconds: 240, json: true };
         await run('step', `${precision} batch ${batch}`, hardmine, command, options);
       }
     }
@@ -319,34 +346,13 @@ const parts = {
   },
 
   async peers() {
-    if (result.host.python === null) return skipped('peers', 'python3 has no torch here');
-    const python = (script, args, options) =>
-      run(
-        'peers',
-        `${script} ${args.join(' ')}`,
-        'python3',
-        [
-          ...[join(kit, 'bench', 'peers', script), ...args],
-          ...['--device', device, ...repeats, ...(script === 'step.py' ? classes : [])],
-        ],
-        { env: hostEnv, json: true, ...options },
-      );
-    // Compiling takes minutes on a CPU and says nothing about the kit.
-    for (const compiled of onCpu ? [[]] : [[], ['--compile']]) {
-      const seconds = compiled.length > 0 ? 180 : 90;
-      for (const precision of precisions) {
-        for (const shape of shapes) {
-          const args = ['--precision', precision, '--shapes', shape, ...compiled];
-          await python('head.py', args, { seconds });
-        }
-      }
-      for (const precision of stepPrecisions) {
-        for (const batch of batches) {
-          const args = ['--precision', precision, '--batch', String(batch), ...compiled];
-          await python('step.py', args, { seconds });
-        }
-      }
-    }
+    await runPeers('peers', []);
+  },
+
+  async compiled() {
+    // Takes minutes on a CPU and says nothing about the kit.
+    if (onCpu) return skipped('compiled', 'torch.compile is timed on a GPU');
+    await runPeers('compiled', ['--compile']);
   },
 
   async sanitizer() {
