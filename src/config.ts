@@ -465,7 +465,7 @@ export function resolveConfig(input: unknown): Config {
     filled['validation'] = resolve(parsed.validation);
     if (parsed.lfw === undefined) {
       throw configError(
-        `the configuration's "validation" is the pairs file ${parsed.validation}, whose images are those of "lfw": give it as --lfw, or choose identities or none`,
+        `the configuration's "validation" is the pairs file ${oneLine(parsed.validation)}, whose images are those of "lfw": give it as --lfw, or choose identities or none`,
       );
     }
   }
