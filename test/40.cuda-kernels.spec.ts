@@ -2,7 +2,7 @@
 // registers. What the kernels compute is tested by test_simt (05.native.spec.ts), without nvcc.
 import assert from 'node:assert/strict';
 import { spawnSync } from 'node:child_process';
-import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -15,10 +15,11 @@ const ARCHITECTURES = ['80', '90'];
 
 describe('CUDA kernels under nvcc', () => {
   for (const [source, least] of [
-    ['compile_head.cu', 40],
-    ['compile_network.cu', 80],
+    ['test/gpu/compile_head.cu', 40],
+    ['test/gpu/compile_network.cu', 80],
+    ['cuda/embedder.cu', 6],
   ] as const) {
-    it(`${source} compiles for sm_${ARCHITECTURES.join(' and sm_')} without a warning or a spill`, function () {
+    it(`${source} compiles for sm_${ARCHITECTURES.join(' and sm_')} without a warning, a spill or an exit`, function () {
       if (!hasNvcc) skip(this, 'nvcc is not installed');
       this.timeout(300_000); // three operand types, on two cores with other work
       const folder = mkdtempSync(join(tmpdir(), 'hardmine-nvcc-'));
@@ -32,7 +33,7 @@ describe('CUDA kernels under nvcc', () => {
               `arch=compute_${number},code=sm_${number}`,
             ]),
             ...['-Werror', 'all-warnings', '-Xptxas', '-v,-warn-spills'],
-            ...['-c', join(ROOT, 'test/gpu', source), '-o', join(folder, 'kernels.o')],
+            ...['-c', join(ROOT, source), '-o', join(folder, 'kernels.o')],
           ],
           { encoding: 'utf8' },
         );
@@ -45,21 +46,13 @@ describe('CUDA kernels under nvcc', () => {
         for (const [line, stores, loads] of spills) {
           assert.ok(stores === '0' && loads === '0', line);
         }
+        // Where a host template calls a __device__ function, nvcc compiles exit(1), without a word.
+        const symbols = spawnSync('nm', ['-u', join(folder, 'kernels.o')], { encoding: 'utf8' });
+        assert.match(symbols.stdout, /\bcudaLaunchKernelExC\b/);
+        assert.doesNotMatch(symbols.stdout, /\b_?exit\b/);
       } finally {
         rmSync(folder, { recursive: true, force: true });
       }
     });
   }
-
-  it('the addon ends no process', function () {
-    // Where a host template calls a __device__ function, nvcc compiles exit(1), without a word.
-    const addon = join(ROOT, 'build/Release/hardmine_cuda.node');
-    if (!existsSync(addon)) skip(this, 'the CUDA addon is not built');
-    const { status, stdout } = spawnSync('nm', ['-D', '--undefined-only', addon], {
-      encoding: 'utf8',
-    });
-    assert.equal(status, 0);
-    assert.match(stdout, /\bmemcpy\b/);
-    assert.doesNotMatch(stdout, /\b_?exit\b/);
-  });
 });

@@ -284,15 +284,18 @@ describe('the lock of a folder', function () {
     );
     const compiled = spawnSync('g++', ['-x', 'c', '-shared', '-fPIC', '-o', library, source]);
     if (compiled.status !== 0) skip(this, 'g++ is not there');
-    const child = await startHolder(folder, "process.stdout.write(' ' + lock.warning);", {
-      env: { LD_PRELOAD: library },
-    });
-    const [text] = await once(child.stdout!, 'data');
+    const program = holding(folder, "process.stdout.write(' ' + lock.warning);");
+    const { code, stdout, stderr } = await finish(
+      spawn(process.execPath, ['--input-type=module', '--eval', program], {
+        stdio: ['ignore', 'pipe', 'pipe'],
+        env: { ...process.env, LD_PRELOAD: library },
+      }),
+    );
+    assert.equal(code, 0, stderr);
     assert.match(
-      String(text),
+      stdout,
       /run cannot be locked \(No locks available\), so nothing keeps a second process out of it: see to it/,
     );
-    assert.equal((await endOf(child)).code, 0);
     assert.ok(!existsSync(join(folder, LOCK_FILE)));
   });
 });

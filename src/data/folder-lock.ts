@@ -66,19 +66,21 @@ export class FolderLock {
     try {
       const addon = lockingAddon();
       for (let attempt = 1; ; attempt++) {
-        made ??= await makeFolders(folder);
-        if (addon instanceof HardmineError) {
-          return new FolderLock(folder, made, null, unlocked(folder, addon.message));
-        }
         try {
+          made ??= await makeFolders(folder);
+          if (addon instanceof HardmineError) {
+            return new FolderLock(folder, made, null, unlocked(folder, addon.message));
+          }
           const lock = await addon.lockFolder(folder, JSON.stringify(note));
           const { unsupported } = lock;
           const warning = unsupported === null ? null : unlocked(folder, unsupported);
           return new FolderLock(folder, made, lock, warning);
         } catch (error) {
-          // Who made the folder may have removed it again, empty as it was.
-          if (attempt === ATTEMPTS || (await exists(folder))) throw error;
-          made = undefined;
+          // Who made the folder, or one above it, may have removed it again, empty as it was; and another
+          // may have made it anew since.
+          const { code } = error as NodeJS.ErrnoException;
+          if (attempt === ATTEMPTS || (code !== 'ERR_IO' && code !== 'ENOENT')) throw error;
+          if (!(await exists(folder))) made = undefined;
         }
       }
     } catch (error) {
