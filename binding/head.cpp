@@ -1,5 +1,3 @@
-#include <chrono>
-
 #include "binding/handle.h"
 #include "binding/handles.h"
 #include "core/random.h"

@@ -26,7 +26,9 @@ enum class Status : int {
   not_finalised = 2004,
   not_supported = 3000,  // 3000 to 3999
   incompatible_driver = 3005,
+  internal_error = 4000,
   device_allocation_failed = 4004,
+  execution_failed = 5000,
 };
 
 enum class DataType : int { fp32 = 0, fp16 = 2, bf16 = 9 };

@@ -406,6 +406,8 @@ CudnnStatus finalise(cudnn::Descriptor descriptor) {
     node.engine = config.engine;
     node.graph = config.graph;
     if (node.engine == 11) return refuse(CudnnStatus::not_supported, "engine 11");
+    if (node.engine == fakes().options.uncompiled_engine)
+      return refuse(CudnnStatus::internal_error, "a compilation that fails");
   }
   node.finalised = true;
   return CudnnStatus::success;
@@ -595,6 +597,8 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
     Device::current->check_address(workspace, workspace_bytes, "cuDNN, as a workspace,");
 
   ++fakes().executions;
+  if (plan.engine == fakes().options.broken_engine)
+    return refuse(CudnnStatus::execution_failed, "an engine that is broken");
   const bool noisy = plan.engine == 2;
   enqueue(
       stream,

@@ -27,8 +27,10 @@ struct FakeOptions {
   size_t cudnn_version = 92400;
   size_t cublas_lt_version = 130100;
   bool only_nondeterministic = false;
-  double sums_microseconds = 4;  // of eng5: less than eng2's 5, and a kernel follows either
-  std::string without{};         // a function that the libraries lack
+  int64_t broken_engine = -1;      // an engine whose plans fail when they are run
+  int64_t uncompiled_engine = -1;  // and one whose plans fail when they are built
+  double sums_microseconds = 4;    // of eng5: less than eng2's 5, and a kernel follows either
+  std::string without{};           // a function that the libraries lack
 };
 
 // Owned by a test, one at a time.

@@ -849,6 +849,22 @@ TEST_CASE("else the fastest that fits, and the next process takes it from the ca
   CHECK(bench.fakes.executions > 0);
 }
 
+TEST_CASE("an engine that fails when it is built or run leaves the work to another") {
+  for (const simt::FakeOptions& options :
+       {simt::FakeOptions{.broken_engine = 2}, simt::FakeOptions{.uncompiled_engine = 2}}) {
+    ConvolutionBench bench(options);
+    ConvolutionTensors<float> t(kShape);
+    cuda::ConvolutionPlan& plan = bench.convolutions->plan(kShape, ConvolutionPass::forward);
+    plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+    CHECK(plan.id() == "eng7_k12=3");
+    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+    bench.stream.synchronize();
+    const std::vector<double> wanted = direct(kShape, ConvolutionPass::forward, t.hx, t.hw, t.hy);
+    const std::vector<float> y = t.y.values();
+    for (size_t i = 0; i < y.size(); ++i) CHECK(y[i] == doctest::Approx(wanted[i]).epsilon(1e-5));
+  }
+}
+
 TEST_CASE("without TF32, fp32 is left to engines that do not round it") {
   const Environment override("NVIDIA_TF32_OVERRIDE", "0");
   ConvolutionBench bench;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -425,6 +426,20 @@ TEST_CASE("CUDA: statistics come with the convolution where that is faster, and 
       }
     }
   }
+}
+
+TEST_CASE("CUDA: sums that fail when they are run are not what a session ends of") {
+  const Environment cache("XDG_CACHE_HOME", "/dev/null");
+  Gpu gpu;
+  gpu.fakes.options.broken_engine = 5;
+  Execution execution = in(Precision::fp16);
+  execution.deterministic = false;
+  const auto session = cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
+  CHECK(session->engines().find("; a.conv1 with sums") == std::string::npos);
+  FixedBatch batch(4, kSize, 7);
+  std::vector<StepStats> stats(1);
+  session->train(batch, std::vector<StepSettings>(1), stats, kGoOn);
+  CHECK(std::isfinite(stats[0].loss));
 }
 #endif
 
