@@ -222,16 +222,14 @@ struct ConvolutionPlan::Candidate {
   std::vector<Pack> packs;
 };
 
-Convolutions::Convolutions(const Cudnn& library, const Stream& stream, ConvolutionChoice choice)
+Convolutions::Convolutions(const Cudnn& library, ConvolutionChoice choice)
     : cudnn_(library),
-      stream_(&stream),
       choice_(std::move(choice)),
       tf32_(tf32_allowed()),
       handle_(nullptr, library.destroy) {
   cudnn::Handle handle = nullptr;
   check(cudnn_, cudnn_.create(&handle), "cudnnCreate");
   handle_.reset(handle);
-  check(cudnn_, cudnn_.set_stream(handle, stream.get()), "cudnnSetStream");
 }
 
 Convolutions::Convolutions(const Cudnn& library, std::string device_properties)
@@ -474,7 +472,8 @@ const std::string& ConvolutionPlan::id() const {
   return candidates_.front().id;
 }
 
-void ConvolutionPlan::run_candidate(Candidate& candidate, const ConvolutionMaps& maps) {
+void ConvolutionPlan::run_candidate(Candidate& candidate, const ConvolutionMaps& maps,
+                                    const Stream& stream) {
   const Cudnn& library = owner_.cudnn_;
   auto pack = std::find_if(candidate.packs.begin(), candidate.packs.end(),
                            [&](const Pack& p) { return p.maps == maps; });
@@ -497,19 +496,20 @@ void ConvolutionPlan::run_candidate(Candidate& candidate, const ConvolutionMaps&
     candidate.packs.push_back({maps, std::move(made)});
     pack = std::prev(candidate.packs.end());
   }
+  check(library, library.set_stream(owner_.handle_.get(), stream.get()), "cudnnSetStream");
   const cudnn::Status status =
       library.execute(owner_.handle_.get(), candidate.plan.get(), pack->descriptor.get());
   if (status != cudnn::Status::success) check(library, status, describe());
 }
 
-void ConvolutionPlan::choose(const ConvolutionMaps& maps) {
+void ConvolutionPlan::choose(const ConvolutionMaps& maps, const Stream& stream) {
   if (candidates_.size() == 1) return;
   std::optional<size_t> best;
   double best_time = 0;
   std::exception_ptr failure;
   for (size_t i = 0; i < candidates_.size(); ++i) {
     try {
-      const TimedWork work(*owner_.stream_, [&] { run_candidate(candidates_[i], maps); });
+      const TimedWork work(stream, [&] { run_candidate(candidates_[i], maps, stream); });
       const double time = work.median_milliseconds();
       if (best && time >= best_time) continue;
       best = i;
@@ -527,8 +527,8 @@ void ConvolutionPlan::choose(const ConvolutionMaps& maps) {
   write_cache(cache_key(), id());
 }
 
-void ConvolutionPlan::run(const ConvolutionMaps& maps) {
-  run_candidate(candidates_.front(), maps);
+void ConvolutionPlan::run(const ConvolutionMaps& maps, const Stream& stream) {
+  run_candidate(candidates_.front(), maps, stream);
 }
 
 }  // namespace hardmine::cuda

@@ -61,10 +61,10 @@ struct ConvolutionChoice {
 
 class ConvolutionPlan;
 
-// The convolutions of one session, all on one stream.
+// The convolutions of one session.
 class Convolutions {
  public:
-  Convolutions(const Cudnn& library, const Stream& stream, ConvolutionChoice choice);
+  Convolutions(const Cudnn& library, ConvolutionChoice choice);
   // Deterministic plans for a GPU that is not here, from cuDNN's JSON of its properties: to be
   // looked at, not run.
   Convolutions(const Cudnn& library, std::string device_properties);
@@ -88,7 +88,6 @@ class Convolutions {
     auto operator<=>(const Key&) const = default;
   };
   Cudnn cudnn_;
-  const Stream* stream_ = nullptr;
   ConvolutionChoice choice_;
   std::string device_properties_;  // empty where the GPU is here
   bool tf32_;
@@ -104,9 +103,10 @@ class ConvolutionPlan {
   size_t workspace_bytes() const;
   // Before the first run and outside a capture, once memory is there: settles which candidate runs.
   // Where that takes timing, it waits for the stream and overwrites the pass's result.
-  void choose(const ConvolutionMaps& maps);
-  // Enqueues. Pointers that were run before cost no allocation.
-  void run(const ConvolutionMaps& maps);
+  void choose(const ConvolutionMaps& maps, const Stream& stream);
+  // Enqueues. Pointers that were run before cost no allocation. Runs on different streams need
+  // different workspaces.
+  void run(const ConvolutionMaps& maps, const Stream& stream);
   // Engine and knobs of what runs, "eng34_k2=5_k24=1".
   const std::string& id() const;
 
@@ -119,7 +119,7 @@ class ConvolutionPlan {
   bool build_graph();
   void add_candidates(cudnn::HeuristicMode mode);
   void find_candidates();
-  void run_candidate(Candidate& candidate, const ConvolutionMaps& maps);
+  void run_candidate(Candidate& candidate, const ConvolutionMaps& maps, const Stream& stream);
   std::string describe() const;
   std::string cache_key() const;
 

@@ -26,7 +26,7 @@ class FoldedNetworkOf : public FoldedNetwork {
       : nodes_(std::move(nodes)),
         batch_(batch),
         stream_(stream),
-        convolutions_(libraries.cudnn, stream,
+        convolutions_(libraries.cudnn,
                       {.deterministic = deterministic, .device = device_and_driver()}),
         layers_(plan_folding(nodes_)),
         weights_(layers_.size()),
@@ -50,7 +50,8 @@ class FoldedNetworkOf : public FoldedNetwork {
     for (size_t i = 0; i < layers_.size(); ++i) {
       if (weights_[i].plan != nullptr)
         weights_[i].plan->choose({input_of(layers_[i]), weights_[i].values,
-                                  maps_[static_cast<size_t>(layers_[i].last())], workspace_});
+                                  maps_[static_cast<size_t>(layers_[i].last())], workspace_},
+                                 stream_);
     }
   }
 
@@ -158,7 +159,7 @@ class FoldedNetworkOf : public FoldedNetwork {
       return;
     }
     T* y = maps_[static_cast<size_t>(layer.last())];
-    weights.plan->run({input_of(layer), weights.values, y, workspace_});
+    weights.plan->run({input_of(layer), weights.values, y, workspace_}, stream_);
     apply_affine(bias, batch_ * node.out_size * node.out_size, node.out_channels, y,
                  last.residual < 0 ? static_cast<const T*>(nullptr) : map(last.residual), y, relu,
                  stream_.get());

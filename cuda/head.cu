@@ -99,6 +99,8 @@ class HeadBase : public CudaHead {
     stream.synchronize();
   }
 
+  void join(const Stream& stream) override { side_.join(stream); }
+
   const float* base_loss() const override { return rows_.base_loss; }
   const float* weighted_loss() const override { return rows_.weighted_loss; }
 
@@ -179,7 +181,7 @@ class HeadBase : public CudaHead {
   HeadShape shape_{};
   HeadState<T> state_{};
   HeadRows<T> rows_{};
-  SideStream side_;
+  HeadSide side_;
 };
 
 template <typename T>
@@ -385,6 +387,10 @@ class CudaMarginHead : public MarginHead {
   // Copies the record to the host, waits, and throws where a loss is not finite.
   const StepRecord& finish();
   HeadPass pass_with_gradients();  // of weights and biases, which stay on the device
+  void enqueue(const HeadPass& pass) {
+    head_->enqueue(pass, *products_, *stream_);
+    head_->join(*stream_);
+  }
   void enqueue_inputs();
   void enqueue_step();
 
@@ -478,7 +484,7 @@ void CudaMarginHead::enqueue_step() {
              "step settings");
   HeadPass step = pass();
   step.settings = inputs_.settings;
-  head_->enqueue(step, *products_, *stream_);
+  enqueue(step);
   copy_async(host_record_.data(), inputs_.record, 1, cudaMemcpyDeviceToHost, *stream_,
              "step figures");
 }
@@ -508,7 +514,7 @@ void CudaMarginHead::forward_backward(const HeadInput& input, HeadOutput& output
   const HeadPass wanted = of_weights ? pass_with_gradients() : pass();
   upload(input);
   enqueue_inputs();
-  head_->enqueue(wanted, *products_, *stream_);
+  enqueue(wanted);
   copy_async(host_record_.data(), inputs_.record, 1, cudaMemcpyDeviceToHost, *stream_,
              "step figures");
   output.loss = finish().loss;
@@ -563,7 +569,7 @@ void CudaMarginHead::time(HeadWork work, const HeadInput& input, std::span<doubl
     if (work == HeadWork::products) {
       head_->enqueue_products(*products_, *stream_);
     } else {
-      head_->enqueue(timed, *products_, *stream_);
+      enqueue(timed);
     }
   });
   for (double& run_ms : ms) {

@@ -25,9 +25,12 @@ class CudaHead {
   // Weights, biases, momentum and centers become 0.
   virtual void initialise(const Stream& stream) = 0;
 
-  // Enqueues one pass over the rows laid out. `products` are those of `stream`. May be captured
-  // once it has run.
+  // Enqueues one pass over the rows laid out: on `stream` what gives the loss and the gradient of
+  // the embeddings, beside it what then remains of the weights' update. `products` are those of
+  // `stream`. May be captured once it has run.
   virtual void enqueue(const HeadPass& pass, Products& products, const Stream& stream) = 0;
+  // What `stream` is given from now on runs after the whole of the last pass.
+  virtual void join(const Stream& stream) = 0;
   // Enqueues the bare products of one pass over whatever the memory holds; the state stays.
   virtual void enqueue_products(Products& products, const Stream& stream) = 0;
 

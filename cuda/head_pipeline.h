@@ -80,17 +80,9 @@ struct HeadPass {
   float* grad_bias = nullptr;        // [padded classes], null: not wanted
 };
 
-// The second stream of a head and what orders it: work for it forks from the main stream and joins
-// it again within a pass, so that a pass can be captured.
-struct SideStream {
-  Stream stream;
-  Event forked;
+// The second stream of a head and what orders it.
+struct HeadSide : SideStream {
   Event done[2];
-
-  void fork(const Stream& main) const {
-    forked.record(main.get());
-    stream.wait(forked);
-  }
 };
 
 inline dim3 blocks_for(int64_t items, int per_block) {
@@ -115,26 +107,26 @@ inline CenterArguments center_arguments(const HeadShape& shape, const LossSpec& 
 template <typename T>
 void start_side(const HeadState<T>& state, const HeadRows<T>& rows, const HeadShape& shape,
                 const LossSpec& loss, const HeadPass& pass, const Stream& main,
-                const SideStream& side) {
+                const HeadSide& side) {
   side.fork(main);
   launch("chain_rows", &chain_rows, blocks_for(shape.rows, kChainThreads), kChainThreads,
-         side.stream.get(), pass.labels, shape.rows, state.class_rows, rows.next_row);
+         side.stream().get(), pass.labels, shape.rows, state.class_rows, rows.next_row);
   launch("similarity", &similarity, blocks_for(shape.dim, kWarpSize), kSimilarityWarps * kWarpSize,
-         side.stream.get(), pass.embeddings, pass.labels, shape.rows, shape.dim, rows.targets,
+         side.stream().get(), pass.embeddings, pass.labels, shape.rows, shape.dim, rows.targets,
          state.class_rows, rows.next_row, rows.similarity);
   if (loss.has_centers()) {
     launch("center_rows", &center_rows, dim3(static_cast<unsigned>(shape.rows)), kCenterThreads,
-           side.stream.get(), center_arguments(shape, loss, pass), state.centers,
+           side.stream().get(), center_arguments(shape, loss, pass), state.centers,
            rows.center_distances, pass.grad_embeddings);
   }
-  side.done[0].record(side.stream.get());
+  side.done[0].record(side.stream().get());
 }
 
 // The losses of all rows; in a step the centers move.
 template <typename T>
 void finish_losses(const HeadState<T>& state, const HeadRows<T>& rows, const HeadShape& shape,
                    const LossSpec& loss, const HeadPass& pass, const Stream& main,
-                   const SideStream& side) {
+                   const HeadSide& side) {
   main.wait(side.done[0]);
   const int warps = (shape.rows + kWarpSize - 1) / kWarpSize;
   launch(
@@ -149,7 +141,8 @@ void finish_losses(const HeadState<T>& state, const HeadRows<T>& rows, const Hea
   }
 }
 
-// Forward and backward, and the SGD step where `pass` has settings. Products offers, on `main`,
+// Forward and backward, and the SGD step where `pass` has settings; the last chunk is still being
+// updated on `side` when the gradient of the embeddings is there. Products offers, on `main`,
 //   logits(normalised, class_weights, width, out)                out = a b^T
 //   embedding_gradient(probabilities, class_weights, width, out) out += a b
 //   weight_gradient(probabilities, scaled, width, out)           out = a^T b
@@ -157,7 +150,7 @@ void finish_losses(const HeadState<T>& state, const HeadRows<T>& rows, const Hea
 template <typename T, typename Products>
 void run_head(const HeadState<T>& state, const HeadRows<T>& rows, const HeadChunks<T>& chunks,
               const HeadShape& shape, const LossSpec& loss, const HeadPass& pass,
-              Products& products, const Stream& main, const SideStream& side) {
+              Products& products, const Stream& main, const HeadSide& side) {
   constexpr int kThreads = 256;
   const bool cosines = normalises(loss.base);
   const bool euclidean = loss.base == BaseKind::euclidean_margin;
@@ -227,18 +220,13 @@ void run_head(const HeadState<T>& state, const HeadRows<T>& rows, const HeadChun
              kBiasWarps * kWarpSize, main.get(), sgd, chunk, chunks.probabilities, rows.gradients,
              state.bias, state.bias_velocity, pass.grad_bias);
     }
-    if (count == 1) {
-      update(chunk, weight_products, main);
-      break;
-    }
     side.fork(main);
-    update(chunk, weight_products, side.stream);
-    side.done[step % 2].record(side.stream.get());
+    update(chunk, weight_products, side.stream());
+    side.done[step % 2].record(side.stream().get());
   }
   launch("finish_embeddings", &finish_embeddings<T>, row_blocks, kRowThreads, main.get(),
          rows.embedding_products, rows.normalised, dim, cosines, loss.scales_by_norm(),
          loss.has_centers(), rows.targets, rows.gradients, pass.grad_embeddings);
-  if (count > 1) main.wait(side.done[(count - 1) % 2]);
 }
 
 }  // namespace hardmine::cuda

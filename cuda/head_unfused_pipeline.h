@@ -27,7 +27,7 @@ template <typename T, typename Products>
 void run_unfused_head(const HeadState<T>& state, const HeadRows<T>& rows,
                       const UnfusedBuffers<T>& b, const HeadShape& shape, const LossSpec& loss,
                       const HeadPass& pass, Products& products, const Stream& main,
-                      const SideStream& side) {
+                      const HeadSide& side) {
   constexpr int kRowSumThreads = 256;
   const bool cosines = normalises(loss.base), euclidean = loss.base == BaseKind::euclidean_margin;
   const bool radial = loss.scales_by_norm();

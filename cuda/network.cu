@@ -50,6 +50,13 @@ struct Statistic {
   float* values = nullptr;
 };
 
+// The streams of a step. What only waits for its own operands need not wait for the rest.
+enum class Lane : uint8_t {
+  main,
+  shortcut,  // the convolution and batch-norm beside a block's two
+  weights,   // weight gradients, which nothing reads before SGD
+};
+
 // Memory for a gradient: a buffer of the backward pass, or (buffer -1) an output that is not needed
 // any more.
 struct Gradient {
@@ -71,6 +78,9 @@ struct Output {
 
 // What a node needs besides its input and output.
 struct Work {
+  Lane lane = Lane::main;      // of its passes but the weight gradient
+  bool splits = false;         // its output is read on both lanes
+  bool merges = false;         // its residual comes from the other lane
   int weight = -1, bias = -1;  // indices of its parameters
   ConvolutionPlan* forward = nullptr;
   ConvolutionPlan* forward_with_sums = nullptr;  // where cuDNN has one and a batch-norm follows
@@ -85,40 +95,53 @@ struct Work {
   Gradient dx{};                 // its input's
 };
 
-// Buffers of the backward pass, handed on to later layers when they are free.
+// Buffers of the backward pass, handed on to later layers of their lane when they are free.
 class GradientBuffers {
  public:
   explicit GradientBuffers(Arena& arena) : arena_(arena) {}
 
-  Gradient take(size_t bytes) {
+  Gradient take(size_t bytes, Lane lane) {
     int best = -1;
     for (size_t i = 0; i < buffers_.size(); ++i) {
       const Buffer& buffer = buffers_[i];
-      if (!buffer.idle || buffer.bytes < bytes) continue;
+      if (!buffer.idle || buffer.lane != lane || buffer.bytes < bytes) continue;
       if (best < 0 || buffer.bytes < buffers_[static_cast<size_t>(best)].bytes)
         best = static_cast<int>(i);
     }
     if (best < 0) {
       best = static_cast<int>(buffers_.size());
-      buffers_.push_back({arena_.take<char>(static_cast<int64_t>(bytes)), bytes, true});
+      buffers_.push_back({arena_.take<char>(static_cast<int64_t>(bytes)), bytes, lane, true});
     }
     Buffer& buffer = buffers_[static_cast<size_t>(best)];
     buffer.idle = false;
     return {buffer.memory, best};
   }
 
-  void release(const Gradient& gradient) {
-    if (gradient.buffer >= 0) buffers_[static_cast<size_t>(gradient.buffer)].idle = true;
+  // By a node of `lane`. What the shortcut lane reads is not free for the main lane before the two
+  // meet.
+  void release(const Gradient& gradient, Lane lane) {
+    if (gradient.buffer < 0) return;
+    if (lane == Lane::main) {
+      buffers_[static_cast<size_t>(gradient.buffer)].idle = true;
+    } else {
+      until_lanes_meet_.push_back(gradient);
+    }
+  }
+  void lanes_meet() {
+    for (const Gradient& gradient : std::exchange(until_lanes_meet_, {}))
+      release(gradient, Lane::main);
   }
 
  private:
   struct Buffer {
     void* memory;
     size_t bytes;
+    Lane lane;
     bool idle;
   };
   Arena& arena_;
   std::vector<Buffer> buffers_;
+  std::vector<Gradient> until_lanes_meet_;
 };
 
 template <typename T>
@@ -131,7 +154,7 @@ class NetworkOf : public TrainingNetwork {
         precision_(precision),
         deterministic_(deterministic),
         stream_(stream),
-        convolutions_(libraries.cudnn, stream,
+        convolutions_(libraries.cudnn,
                       {.deterministic = deterministic, .device = device_and_driver()}),
         cublas_lt_(libraries.cublas_lt),
         tensors_(training_tensors(nodes_)) {
@@ -139,6 +162,7 @@ class NetworkOf : public TrainingNetwork {
     plan_outputs();
     work_.resize(nodes_.size());
     for (size_t i = 0; i < nodes_.size(); ++i) plan_work(i);
+    for (size_t i = 0; i < nodes_.size(); ++i) plan_lanes(i);
   }
 
   const std::vector<Node>& nodes() const override { return nodes_; }
@@ -163,12 +187,7 @@ class NetworkOf : public TrainingNetwork {
     table_ = arena.take<ParameterTensor<T>>(static_cast<int64_t>(parameters_.size()));
     ranges_ = arena.take<ParameterRange>(range_count());
     loss_scale_ = arena.take<LossScale>(1);
-    workspace_bytes_ = product_workspace_bytes(compute_major());
-    for (const Work& work : work_)
-      for (const ConvolutionPlan* plan :
-           {work.forward, work.forward_with_sums, work.data, work.weights})
-        if (plan != nullptr) workspace_bytes_ = std::max(workspace_bytes_, plan->workspace_bytes());
-    workspace_ = arena.take<char>(static_cast<int64_t>(workspace_bytes_));
+    layout_workspaces(arena);
   }
 
   void layout_batch(Arena& arena) override {
@@ -184,25 +203,27 @@ class NetworkOf : public TrainingNetwork {
         scratch_arrivals = std::max(scratch_arrivals, scratch.arrivals);
       }
     }
-    scratch_.values = arena.take<float>(scratch_values);
-    scratch_.arrivals = arena.take<unsigned>(scratch_arrivals);
+    for (const Lane lane : {Lane::main, Lane::shortcut}) {
+      BatchNormScratch& scratch = memory_[static_cast<size_t>(lane)].scratch;
+      scratch.values = arena.take<float>(scratch_values);
+      scratch.arrivals = arena.take<unsigned>(scratch_arrivals);
+    }
   }
 
   void prepare() override {
-    products_.emplace(cublas_lt_, stream_.get(), workspace_, workspace_bytes_);
+    const LaneMemory& memory = memory_of(Lane::main);
+    products_.emplace(cublas_lt_, stream_.get(), memory.workspace, memory.workspace_bytes);
     for (size_t i = 0; i < nodes_.size(); ++i) {
       const Work& work = work_[i];
       if (work.forward == nullptr) continue;
-      void* w = parameters_[static_cast<size_t>(work.weight)].operand();
-      void* dw = parameters_[static_cast<size_t>(work.weight)].gradient;
-      work.forward->choose(forward_maps(i));
-      work.weights->choose({input_of(i), dw, outputs_[i].values, workspace_});
-      if (work.data != nullptr)
-        work.data->choose({work.dx.values, w, outputs_[i].values, workspace_});
+      work.forward->choose(forward_maps(i), stream_);
+      work.weights->choose(weight_maps(i), stream_);
+      if (work.data != nullptr) work.data->choose(data_maps(i), stream_);
     }
     for (size_t i = 0; i < nodes_.size(); ++i)
       if (nodes_[i].op == Op::batch_norm) choose_statistics(i);
     write_tables();
+    choose_lanes();
     run_forward();
     run_backward();
     stream_.synchronize();
@@ -431,6 +452,45 @@ class NetworkOf : public TrainingNetwork {
     }
   }
 
+  // Where node i adds what a chain of convolutions and batch-norms of its own brings, that chain
+  // runs beside the rest of the block.
+  void plan_lanes(size_t i) {
+    std::vector<int> chain;
+    int at = nodes_[i].residual;
+    for (; at >= 0 && outputs_[static_cast<size_t>(at)].readers == 1;
+         at = nodes_[static_cast<size_t>(at)].input) {
+      const Node& node = nodes_[static_cast<size_t>(at)];
+      if (node.op != Op::convolution && (node.op != Op::batch_norm || node.residual >= 0)) return;
+      chain.push_back(at);
+    }
+    if (at < 0 || chain.empty()) return;
+    for (const int node : chain) work_[static_cast<size_t>(node)].lane = Lane::shortcut;
+    work_[static_cast<size_t>(at)].splits = true;
+    work_[i].merges = true;
+  }
+
+  void layout_workspaces(Arena& arena) {
+    std::array<size_t, kLanes> bytes{product_workspace_bytes(compute_major())};
+    const auto need = [&](Lane lane, const ConvolutionPlan* plan) {
+      if (plan == nullptr) return;
+      // Where the lanes are one after the other, the main one runs everything.
+      for (const Lane runs : {lane, Lane::main}) {
+        size_t& most = bytes[static_cast<size_t>(runs)];
+        most = std::max(most, plan->workspace_bytes());
+      }
+    };
+    for (const Work& work : work_) {
+      need(work.lane, work.forward);
+      need(work.lane, work.forward_with_sums);
+      need(work.lane, work.data);
+      need(Lane::weights, work.weights);
+    }
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      memory_[lane].workspace_bytes = bytes[lane];
+      memory_[lane].workspace = arena.take<char>(static_cast<int64_t>(bytes[lane]));
+    }
+  }
+
   void layout_node(Arena& arena, size_t i) {
     const Node& node = nodes_[i];
     Output& output = outputs_[i];
@@ -480,23 +540,27 @@ class NetworkOf : public TrainingNetwork {
       Work& work = work_[i];
       if (outputs_[i].gradient_count == 0) refuse(node, "nothing reads its output.");
       work.dy = outputs_[i].gradients;
+      if (work.splits) buffers.lanes_meet();
       if (node.op == Op::batch_norm) {
         work.dx = {input(i).values, -1};
-        buffers.release(work.dy[1]);
+        buffers.release(work.dy[1], work.lane);
         if (node.residual >= 0) {
           add_gradient(static_cast<size_t>(node.residual), work.dy[0]);
         } else {
-          buffers.release(work.dy[0]);
+          buffers.release(work.dy[0], work.lane);
         }
       } else {
         if (outputs_[i].gradient_count > 1 && node.op != Op::max_pool)
           refuse(node, "more than one node reads its output.");
         if (node.input >= 0) {
           const Output& from = input(i);
-          work.dx = buffers.take(static_cast<size_t>(from.count()) *
-                                 (from.vector ? sizeof(float) : sizeof(T)));
+          work.dx = buffers.take(
+              static_cast<size_t>(from.count()) * (from.vector ? sizeof(float) : sizeof(T)),
+              work.lane);
         }
-        for (const Gradient& gradient : work.dy) buffers.release(gradient);
+        // A convolution's is read by its weight gradient, until the end.
+        if (node.op != Op::convolution)
+          for (const Gradient& gradient : work.dy) buffers.release(gradient, work.lane);
       }
       if (node.input >= 0) add_gradient(static_cast<size_t>(node.input), work.dx);
     }
@@ -535,6 +599,7 @@ class NetworkOf : public TrainingNetwork {
       const Node& node = nodes_[i];
       const Work& work = work_[i];
       void* y = outputs_[i].values;
+      if (work.merges) join(Lane::shortcut);
       switch (node.op) {
         case Op::convolution:
           run_convolution(i);
@@ -569,6 +634,7 @@ class NetworkOf : public TrainingNetwork {
           break;
         }
       }
+      if (work.splits) fork(Lane::main, Lane::shortcut);
     }
   }
 
@@ -576,14 +642,13 @@ class NetworkOf : public TrainingNetwork {
     for (size_t i = nodes_.size(); i-- > 0;) {
       const Node& node = nodes_[i];
       const Work& work = work_[i];
+      if (work.splits) join(Lane::shortcut);
       switch (node.op) {
-        case Op::convolution: {
-          Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
-          work.weights->run({input_of(i), weight.gradient, work.dy[0].values, workspace_});
-          if (work.data != nullptr)
-            work.data->run({work.dx.values, weight.operand(), work.dy[0].values, workspace_});
+        case Op::convolution:
+          fork(work.lane, Lane::weights);
+          work.weights->run(weight_maps(i), stream_of(Lane::weights));
+          if (work.data != nullptr) work.data->run(data_maps(i), stream_of(work.lane));
           break;
-        }
         case Op::batch_norm:
           if (outputs_[i].vector) {
             run_batch_norm_backward<float>(i);
@@ -605,7 +670,9 @@ class NetworkOf : public TrainingNetwork {
           run_linear_backward(i);
           break;
       }
+      if (work.merges) fork(Lane::main, Lane::shortcut);
     }
+    join(Lane::weights);
   }
 
   void run_linear_backward(size_t i) {
@@ -628,13 +695,26 @@ class NetworkOf : public TrainingNetwork {
   }
 
   ConvolutionMaps forward_maps(size_t i) {
-    Parameter& weight = parameters_[static_cast<size_t>(work_[i].weight)];
-    return {input_of(i), weight.operand(), outputs_[i].values, workspace_, work_[i].sums};
+    const Work& work = work_[i];
+    Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
+    return {input_of(i), weight.operand(), outputs_[i].values, memory_of(work.lane).workspace,
+            work.sums};
+  }
+  ConvolutionMaps weight_maps(size_t i) {
+    const Work& work = work_[i];
+    Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
+    return {input_of(i), weight.gradient, work.dy[0].values, memory_of(Lane::weights).workspace};
+  }
+  ConvolutionMaps data_maps(size_t i) {
+    const Work& work = work_[i];
+    Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
+    return {work.dx.values, weight.operand(), work.dy[0].values, memory_of(work.lane).workspace};
   }
 
   void run_convolution(size_t i) {
     const Work& work = work_[i];
-    (work.sums != nullptr ? work.forward_with_sums : work.forward)->run(forward_maps(i));
+    (work.sums != nullptr ? work.forward_with_sums : work.forward)
+        ->run(forward_maps(i), stream_of(work.lane));
   }
 
   // Statistics of batch-norm i's input.
@@ -643,9 +723,10 @@ class NetworkOf : public TrainingNetwork {
     const Work& work = work_[i];
     const float* sums = work_[static_cast<size_t>(nodes_[i].input)].sums;
     if (sums != nullptr) {
-      batch_statistics_from_sums(work.norm, sums, stream_.get());
+      batch_statistics_from_sums(work.norm, sums, stream_of(work.lane).get());
     } else {
-      batch_statistics(work.norm, static_cast<const N*>(input_of(i)), scratch_, stream_.get());
+      batch_statistics(work.norm, static_cast<const N*>(input_of(i)), memory_of(work.lane).scratch,
+                       stream_of(work.lane).get());
     }
   }
 
@@ -664,7 +745,7 @@ class NetworkOf : public TrainingNetwork {
     };
     double with_sums = std::numeric_limits<double>::infinity();
     try {
-      convolution.forward_with_sums->choose(forward_maps(from));
+      convolution.forward_with_sums->choose(forward_maps(from), stream_);
       with_sums = time();
     } catch (const Error& error) {
       // As in ConvolutionPlan::choose(): there is another way to the same statistics.
@@ -682,7 +763,7 @@ class NetworkOf : public TrainingNetwork {
         node.residual < 0 ? nullptr : outputs_[static_cast<size_t>(node.residual)].values;
     batch_norm_forward(work_[i].norm, static_cast<const N*>(input_of(i)),
                        static_cast<const N*>(residual), static_cast<N*>(outputs_[i].values),
-                       node.activation == Activation::relu, stream_.get());
+                       node.activation == Activation::relu, stream_of(work_[i].lane).get());
   }
 
   template <typename N>
@@ -695,7 +776,51 @@ class NetworkOf : public TrainingNetwork {
                         static_cast<const N*>(y), node.activation == Activation::relu,
                         static_cast<N*>(work.dy[0].values),
                         static_cast<const N*>(work.dy[1].values), static_cast<N*>(work.dx.values),
-                        scratch_, stream_.get());
+                        memory_of(work.lane).scratch, stream_of(work.lane).get());
+  }
+
+  // ---- Lanes ----
+
+  static constexpr size_t kLanes = 3;
+
+  // What the passes of one lane share.
+  struct LaneMemory {
+    char* workspace = nullptr;
+    size_t workspace_bytes = 0;
+    BatchNormScratch scratch{};
+  };
+
+  LaneMemory& memory_of(Lane lane) {
+    return memory_[static_cast<size_t>(beside_ ? lane : Lane::main)];
+  }
+  const SideStream& side(Lane lane) const { return sides_[static_cast<size_t>(lane) - 1]; }
+  const Stream& stream_of(Lane lane) const {
+    return beside_ && lane != Lane::main ? side(lane).stream() : stream_;
+  }
+  void fork(Lane from, Lane to) const {
+    if (beside_) side(to).fork(stream_of(from));
+  }
+  void join(Lane lane) const {
+    if (beside_) side(lane).join(stream_);
+  }
+
+  // Whether the lanes run beside each other, which changes no bit: large maps may fill the GPU one
+  // by one, and then only take each other's place in its caches.
+  void choose_lanes() {
+    const auto time = [&](bool beside) {
+      beside_ = beside;
+      const TimedWork work(stream_, [&] {
+        run_forward();
+        run_backward();
+      });
+      return work.median_milliseconds();
+    };
+    if (deterministic_) {
+      beside_ = true;
+    } else {
+      const double in_turn = time(false);
+      beside_ = time(true) < in_turn;
+    }
   }
 
   PoolShape pool_shape(const Node& node) const {
@@ -777,12 +902,12 @@ class NetworkOf : public TrainingNetwork {
   std::vector<Statistic> statistics_;
   std::vector<std::pair<int64_t, int64_t>> norm_shapes_;  // rows and channels
   T* image_ = nullptr;                                    // [batch, size, size, 4]
-  BatchNormScratch scratch_{};
   ParameterTensor<T>* table_ = nullptr;
   ParameterRange* ranges_ = nullptr;
   LossScale* loss_scale_ = nullptr;
-  char* workspace_ = nullptr;
-  size_t workspace_bytes_ = 0;
+  std::array<LaneMemory, kLanes> memory_{};
+  std::array<SideStream, kLanes - 1> sides_;
+  bool beside_ = false;
 };
 
 }  // namespace

@@ -1,6 +1,8 @@
 // A network in training on CUDA: forward, backward and SGD, enqueued on one stream and fit to be
 // captured in a graph. Convolutions are cuDNN's, the last product cuBLASLt's, everything between
-// them our own kernels. Feature maps and operands have the network's precision T; weights,
+// them our own kernels. Beside the stream, joined to it within each pass, run a block's shortcut
+// and the weight gradients: small maps do not fill a GPU, and kernels that wait for memory leave it
+// time to multiply. Feature maps and operands have the network's precision T; weights,
 // momentum, statistics, batch-norm's gradients and the vectors after the pooling are fp32.
 //
 // What is kept for the backward pass: each convolution's output and each batch-norm's, one byte an

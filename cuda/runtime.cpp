@@ -90,9 +90,13 @@ DeviceScope::~DeviceScope() {
   static_cast<void>(cudaSetDevice(before_));
 }
 
-Stream::Stream() {
+Stream::Stream(Priority priority) {
+  int least = 0, greatest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
   cudaStream_t stream = nullptr;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking,
+                                     priority == Priority::high ? greatest : least),
+        "cudaStreamCreateWithPriority");
   stream_ = Owned<cudaStream_t, cudaStreamDestroy>(stream);
 }
 
@@ -127,6 +131,16 @@ float Event::milliseconds_since(const Event& start) const {
   return milliseconds;
 }
 
+void SideStream::fork(const Stream& from) const {
+  forked_.record(from.get());
+  stream_.wait(forked_);
+}
+
+void SideStream::join(const Stream& to) const {
+  joined_.record(stream_.get());
+  to.wait(joined_);
+}
+
 CapturedGraph::CapturedGraph(const Stream& stream, const std::function<void()>& work) {
   // Of this thread only: others may allocate page-locked memory meanwhile.
   check(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal),
@@ -146,7 +160,8 @@ CapturedGraph::CapturedGraph(const Stream& stream, const std::function<void()>& 
   }
   check(ended, "cudaStreamEndCapture");
   cudaGraphExec_t executable = nullptr;
-  check(cudaGraphInstantiate(&executable, captured, 0), "cudaGraphInstantiate");
+  check(cudaGraphInstantiate(&executable, captured, cudaGraphInstantiateFlagUseNodePriority),
+        "cudaGraphInstantiate");
   graph_ = Owned<cudaGraphExec_t, cudaGraphExecDestroy>(executable);
   check(cudaGraphUpload(executable, stream.get()), "cudaGraphUpload");
 }

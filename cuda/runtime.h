@@ -56,10 +56,13 @@ class DeviceScope {
 
 class Event;
 
+// Which work a GPU that has room for one of two takes first.
+enum class Priority : uint8_t { usual, high };
+
 // A stream that does not wait for the default stream.
 class Stream {
  public:
-  Stream();
+  explicit Stream(Priority priority = Priority::usual);
   cudaStream_t get() const { return stream_.get(); }
   void synchronize() const;
   void wait(const Event& event) const;  // what is enqueued from now on runs after `event`
@@ -83,8 +86,23 @@ class Event {
   friend class Stream;
 };
 
-// Work that was enqueued once and is launched many times. Pointers, shapes and values given to
-// kernels are those of the capture.
+// A stream that takes work beside another's: it forks from that one and joins it again, within a
+// capture too.
+class SideStream {
+ public:
+  const Stream& stream() const { return stream_; }
+  // What is enqueued here from now on runs after what `from` has been given.
+  void fork(const Stream& from) const;
+  // And the other way round.
+  void join(const Stream& to) const;
+
+ private:
+  Stream stream_;
+  Event forked_, joined_;
+};
+
+// Work that was enqueued once and is launched many times. Pointers, shapes, values given to kernels
+// and the streams' priorities are those of the capture.
 class CapturedGraph {
  public:
   // Runs `work`, which enqueues on `stream` (and on streams that it forks from and joins to it);

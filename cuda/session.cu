@@ -152,7 +152,7 @@ class CudaSession : public TrainingSession {
  private:
   // What lives on the device, given back in the reverse of this order.
   struct Resources {
-    Stream stream;  // of the steps
+    Stream stream{Priority::high};  // of the steps
     Stream copies;
     std::unique_ptr<TrainingNetwork> network;
     std::unique_ptr<CudaHead> head;
@@ -260,6 +260,7 @@ class CudaSession : public TrainingSession {
     r.head->enqueue(pass, *r.products, r.stream);
     r.network->backward(r.grad_embeddings);
     r.network->update(slot.parameters);
+    r.head->join(r.stream);
   }
 
   // Batch::sources of a step that is under way, which the batch itself does not outlive.

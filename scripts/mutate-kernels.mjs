@@ -24,6 +24,25 @@ const UNITS = {
     mutated: 'test/simt/network_kernels_test.cpp',
     fixed: ['test/native/main.cpp', 'cuda/runtime.cpp'],
   },
+  session: {
+    mutated: 'cuda/network.cu',
+    fixed: [
+      'test/native/main.cpp',
+      'test/simt/session_test.cpp',
+      'test/simt/fake_libraries.cpp',
+      'cuda/convolution.cpp',
+      'cuda/device.cpp',
+      'cuda/embedder.cu',
+      'cuda/head.cu',
+      'cuda/libraries.cpp',
+      'cuda/products.cpp',
+      'cuda/runtime.cpp',
+      'cuda/session.cu',
+      'core/folding.cpp',
+      'core/initialise.cpp',
+      'core/tensors.cpp',
+    ],
+  },
 };
 
 const HEAD = 'cuda/kernels/head.cuh';
@@ -131,8 +150,8 @@ const BUGS = [
   {
     bug: 'SGD of a chunk that does not wait for its gradient',
     file: PIPELINE,
-    from: 'side.fork(main);\n    update(chunk, weight_products, side.stream);',
-    to: 'update(chunk, weight_products, side.stream);',
+    from: 'side.fork(main);\n    update(chunk, weight_products, side.stream());',
+    to: 'update(chunk, weight_products, side.stream());',
   },
   {
     bug: "unfused: no margin's derivative",
@@ -254,6 +273,41 @@ const BUGS = [
     from: 'from_column = size - 1 - from_column;',
     to: 'from_column = size - from_column;',
   },
+  {
+    bug: 'lanes: SGD before the last weight gradients',
+    unit: 'session',
+    file: 'cuda/network.cu',
+    from: '    join(Lane::weights);',
+    to: '',
+  },
+  {
+    bug: 'lanes: one workspace for all',
+    unit: 'session',
+    file: 'cuda/network.cu',
+    from: 'return memory_[static_cast<size_t>(beside_ ? lane : Lane::main)];',
+    to: 'return memory_[static_cast<size_t>(Lane::main)];',
+  },
+  {
+    bug: 'lanes: a block that does not wait for its shortcut',
+    unit: 'session',
+    file: 'cuda/network.cu',
+    from: 'if (work.merges) join(Lane::shortcut);',
+    to: '',
+  },
+  {
+    bug: 'lanes: a weight gradient before the gradient that it is of',
+    unit: 'session',
+    file: 'cuda/network.cu',
+    from: 'if (beside_) side(to).fork(stream_of(from));',
+    to: 'if (beside_) side(to).fork(to == Lane::weights && from == Lane::shortcut ? stream_ : stream_of(from));',
+  },
+  {
+    bug: 'lanes: a buffer given away while the shortcut reads it',
+    unit: 'session',
+    file: 'cuda/network.cu',
+    from: 'if (lane == Lane::main) {',
+    to: 'if (lane != Lane::weights) {',
+  },
 ];
 
 const FLAGS = ['-isystem', 'test/simt/include', '-I', 'test/simt'];
@@ -277,10 +331,12 @@ async function plantAll(bugs) {
     await plant(bugs, {
       folder,
       inFlight,
-      async judge({ unit }, copy) {
+      async judge({ unit, file }, copy) {
         const object = join(copy, 'mutated.o');
         const program = join(copy, 'test');
-        await compile(UNITS[unit].mutated, object, { first: copy, flags: FLAGS });
+        const { mutated } = UNITS[unit];
+        const source = file === mutated ? join(copy, file) : mutated;
+        await compile(source, object, { first: copy, flags: FLAGS });
         await link([object, ...UNITS[unit].fixed.map(objectOf)], program, LIBRARIES);
         return (await doctest(program))?.by;
       },

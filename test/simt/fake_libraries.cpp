@@ -50,9 +50,24 @@ double noise(Type type) {
   const double unit = type == Type::fp32 ? 0x1p-23 : type == Type::fp16 ? 0x1p-10 : 0x1p-7;
   return 1 + unit * static_cast<double>(Device::current->draw() % 2);
 }
-// A library may use all the workspace that it asked for.
-void scribble(void* workspace, size_t bytes) {
-  if (bytes > 0) std::memset(workspace, 0xAB, bytes);
+// Enqueues library work as two kernels. The first fills all the workspace that was asked for; the
+// second, which does the work, wants it as it was left: no stream may be given another's.
+void enqueue_in_two(cudaStream_t stream, void* workspace, size_t bytes, std::function<void()> run,
+                    double microseconds = 1) {
+  static int works = 0;
+  const auto mark = static_cast<unsigned char>(++works);
+  if (bytes > 0)
+    enqueue(
+        stream, [=] { std::memset(workspace, mark, bytes); }, 0);
+  enqueue(
+      stream,
+      [=, run = std::move(run)] {
+        const auto* first = static_cast<const unsigned char*>(workspace);
+        if (!std::all_of(first, first + bytes, [&](unsigned char byte) { return byte == mark; }))
+          throw Fault("a workspace that something else writes to at the same time");
+        run();
+      },
+      microseconds);
 }
 
 // ---- cuDNN ----
@@ -600,10 +615,9 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
   if (plan.engine == fakes().options.broken_engine)
     return refuse(CudnnStatus::execution_failed, "an engine that is broken");
   const bool noisy = plan.engine == 2;
-  enqueue(
-      stream,
+  enqueue_in_two(
+      stream, workspace, workspace_bytes,
       [=] {
-        scribble(workspace, workspace_bytes);
         const Tensor& result = p.pass == Pass::forward ? p.y : p.pass == Pass::data ? p.x : p.w;
         std::vector<double> out(result.count());
         convolve(p, x, w, y, out);
@@ -828,8 +842,7 @@ LtStatus lt_matmul(cublas_lt::Handle, cublas_lt::MatmulDescriptor matmul_, const
   float alpha = 0, beta = 0;  // host pointers: read now
   std::memcpy(&alpha, alpha_, sizeof alpha);
   std::memcpy(&beta, beta_, sizeof beta);
-  enqueue(stream, [=] {
-    scribble(workspace, algorithm.workspace_bytes);
+  enqueue_in_two(stream, workspace, algorithm.workspace_bytes, [=] {
     const auto read = [](const void* from, const LtLayout& layout) {
       return load(from, layout.type,
                   static_cast<size_t>((layout.columns - 1) * layout.stride + layout.rows));

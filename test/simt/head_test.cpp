@@ -456,6 +456,7 @@ class DeviceHead {
     wanted.grad_weights = grad_w_;
     wanted.grad_bias = grad_bias_;
     head_->enqueue(wanted, *products_, stream_);
+    head_->join(stream_);
     Result r;
     r.base = get(head_->base_loss(), p.labels.size());
     r.weighted = get(head_->weighted_loss(), p.labels.size());
@@ -471,6 +472,7 @@ class DeviceHead {
     cuda::HeadPass step = pass();
     step.settings = settings_;
     head_->enqueue(step, *products_, stream_);
+    head_->join(stream_);
   }
   void set(const StepSettings& settings) {
     put(settings_, std::vector{cuda::parameters_of(settings)});

@@ -99,6 +99,7 @@ enum cudaDeviceAttr {
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 inline constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
 inline constexpr unsigned cudaEventDefault = 0, cudaEventDisableTiming = 2;
+inline constexpr unsigned cudaGraphInstantiateFlagUseNodePriority = 8;
 inline constexpr unsigned cudaHostAllocDefault = 0, cudaHostAllocPortable = 1;
 
 struct cudaDeviceProp {
@@ -886,7 +887,12 @@ inline cudaError_t cudaMemset(void* to, int value, size_t bytes) {
       [&](simt::Device& device) { return device.fill(to, value, bytes, nullptr, false); });
 }
 
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+inline cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0;
+  *greatest = -5;  // as an H100's
+  return simt::Device::call([](simt::Device&) { return cudaSuccess; });
+}
+inline cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
   return simt::Device::call([&](simt::Device& device) {
     if (flags != cudaStreamNonBlocking)
       throw simt::Fault("a stream that waits for the default stream");

@@ -651,9 +651,9 @@ struct ConvolutionBench {
         cache("XDG_CACHE_HOME", folder.path().string()),
         choice(std::move(given)) {
     choice.device = "Emulated GPU, driver 13000";
-    convolutions.emplace(fakes.libraries().cudnn, stream, choice);
+    convolutions.emplace(fakes.libraries().cudnn, choice);
   }
-  void restart() { convolutions.emplace(fakes.libraries().cudnn, stream, choice); }
+  void restart() { convolutions.emplace(fakes.libraries().cudnn, choice); }
 
   Folder folder;
   simt::FakeLibraries fakes;
@@ -684,7 +684,7 @@ void check_convolution(ConvolutionBench& bench, ConvolutionShape shape, Convolut
   ConvolutionTensors<T> t(shape);
   cuda::ConvolutionPlan& plan = bench.convolutions->plan(shape, pass);
   REQUIRE(plan.workspace_bytes() <= 4096);
-  plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+  plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
   bench.stream.synchronize();
   const std::vector<double> expected = direct(shape, pass, t.hx, t.hw, t.hy);
   const std::vector<T> result = (pass == ConvolutionPass::forward         ? t.y
@@ -730,7 +730,7 @@ TEST_CASE("a forward pass with the sums of its output, where cuDNN has one") {
     const auto channels = static_cast<size_t>(shape.out_channels);
     const DeviceArray<float> sums(2 * channels), others(2 * channels);
     for (const DeviceArray<float>* to : {&sums, &others}) {
-      plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data(), to->data()});
+      plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data(), to->data()}, bench.stream);
       bench.stream.synchronize();
       const std::vector<double> y = direct(shape, ConvolutionPass::forward, t.hx, t.hw, t.hy);
       std::vector<double> wanted(2 * channels);
@@ -755,7 +755,7 @@ TEST_CASE("deterministic: the first engine that repeats, never timed or taken fr
   CHECK(plan.id() == "eng7_k12=3");
   CHECK(plan.workspace_bytes() == 4096);
   CHECK(bench.fakes.plans_built == 1);
-  plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+  plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
   CHECK(bench.fakes.executions == 0);
   CHECK(&bench.convolutions->plan(kShape, ConvolutionPass::forward) == &plan);
   CHECK(std::filesystem::is_empty(bench.folder.path()));
@@ -780,7 +780,8 @@ TEST_CASE("layers of one shape share a plan, each with its own memory") {
         cuda::check(cudaMemset(tensors->y.data(), 0, tensors->hy.size() * sizeof(float)), "a fill");
         cuda::check(cudaMemset(tensors->workspace.data(), 0, 4096), "a fill");
       }
-      plan.run({t[0]->x.data(), t[1]->w.data(), t[2]->y.data(), t[3]->workspace.data()});
+      plan.run({t[0]->x.data(), t[1]->w.data(), t[2]->y.data(), t[3]->workspace.data()},
+               bench.stream);
       bench.stream.synchronize();
       const bool zero = t[0] == &second || t[1] == &second;
       CHECK((first.y.values()[0] != 0) == (!zero && t[2] == &first));
@@ -798,7 +799,7 @@ TEST_CASE("else the fastest that fits, and the next process takes it from the ca
     return bench.convolutions->plan(kShape, ConvolutionPass::forward);
   };
   const auto choose = [&] {
-    plan().choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+    plan().choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
   };
   CHECK(plan().workspace_bytes() == 4096);  // eng9's GiB is over the limit
   choose();
@@ -855,9 +856,9 @@ TEST_CASE("an engine that fails when it is built or run leaves the work to anoth
     ConvolutionBench bench(options);
     ConvolutionTensors<float> t(kShape);
     cuda::ConvolutionPlan& plan = bench.convolutions->plan(kShape, ConvolutionPass::forward);
-    plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+    plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
     CHECK(plan.id() == "eng7_k12=3");
-    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
     bench.stream.synchronize();
     const std::vector<double> wanted = direct(kShape, ConvolutionPass::forward, t.hx, t.hw, t.hy);
     const std::vector<float> y = t.y.values();
@@ -897,9 +898,9 @@ TEST_CASE("convolutions and products are captured and replayed") {
   const DeviceArray<float> product(8 * 16);
   const cuda::ProductShape shape{.m = 8, .n = 16, .k = 4};
   cuda::ConvolutionPlan& plan = bench.convolutions->plan(kShape, ConvolutionPass::data_gradient);
-  plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+  plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
   const auto enqueue = [&] {
-    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
     products.multiply(shape, 1, t.y.data(), t.w.data(), 0, product.data());
   };
   enqueue();
@@ -954,11 +955,11 @@ TEST_CASE("handles and descriptors are given back") {
     const cuda::Stream stream;
     const Folder folder;
     const Environment cache("XDG_CACHE_HOME", folder.path().string());
-    cuda::Convolutions convolutions(fakes.libraries().cudnn, stream, {});
+    cuda::Convolutions convolutions(fakes.libraries().cudnn, cuda::ConvolutionChoice{});
     ConvolutionTensors<float> t(kShape);
     cuda::ConvolutionPlan& plan = convolutions.plan(kShape, ConvolutionPass::forward);
-    plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
-    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()});
+    plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, stream);
+    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, stream);
     cuda::Products products(fakes.libraries().cublas_lt, stream.get(), t.workspace.data(), 4096);
     products.multiply({.m = 4, .n = 4, .k = 4}, 1, t.x.data(), t.w.data(), 0, t.y.data());
     stream.synchronize();
