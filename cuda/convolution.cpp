@@ -223,14 +223,7 @@ struct ConvolutionPlan::Candidate {
 };
 
 Convolutions::Convolutions(const Cudnn& library, ConvolutionChoice choice)
-    : cudnn_(library),
-      choice_(std::move(choice)),
-      tf32_(tf32_allowed()),
-      handle_(nullptr, library.destroy) {
-  cudnn::Handle handle = nullptr;
-  check(cudnn_, cudnn_.create(&handle), "cudnnCreate");
-  handle_.reset(handle);
-}
+    : cudnn_(library), choice_(std::move(choice)), tf32_(tf32_allowed()), handle_(make_handle()) {}
 
 Convolutions::Convolutions(const Cudnn& library, std::string device_properties)
     : cudnn_(library),
@@ -240,6 +233,20 @@ Convolutions::Convolutions(const Cudnn& library, std::string device_properties)
       handle_(nullptr, library.destroy) {}
 
 Convolutions::~Convolutions() = default;
+
+Convolutions::Handle Convolutions::make_handle() const {
+  cudnn::Handle handle = nullptr;
+  check(cudnn_, cudnn_.create(&handle), "cudnnCreate");
+  return {handle, cudnn_.destroy};
+}
+
+cudnn::Handle Convolutions::handle_of(const Stream& stream) {
+  const auto found = stream_handles_.find(stream.get());
+  if (found != stream_handles_.end()) return found->second.get();
+  Handle handle = make_handle();
+  check(cudnn_, cudnn_.set_stream(handle.get(), stream.get()), "cudnnSetStream");
+  return stream_handles_.emplace(stream.get(), std::move(handle)).first->second.get();
+}
 
 ConvolutionPlan* Convolutions::find_plan(const ConvolutionShape& shape, ConvolutionPass pass) {
   const Key key{shape, pass};
@@ -496,9 +503,8 @@ void ConvolutionPlan::run_candidate(Candidate& candidate, const ConvolutionMaps&
     candidate.packs.push_back({maps, std::move(made)});
     pack = std::prev(candidate.packs.end());
   }
-  check(library, library.set_stream(owner_.handle_.get(), stream.get()), "cudnnSetStream");
   const cudnn::Status status =
-      library.execute(owner_.handle_.get(), candidate.plan.get(), pack->descriptor.get());
+      library.execute(owner_.handle_of(stream), candidate.plan.get(), pack->descriptor.get());
   if (status != cudnn::Status::success) check(library, status, describe());
 }
 

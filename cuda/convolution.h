@@ -87,12 +87,19 @@ class Convolutions {
     ConvolutionPass pass;
     auto operator<=>(const Key&) const = default;
   };
+  using Handle = std::unique_ptr<struct cudnn::Context, cudnn::Status (*)(cudnn::Handle)>;
+  Handle make_handle() const;
+  cudnn::Handle handle_of(const Stream& stream);
+
   Cudnn cudnn_;
   ConvolutionChoice choice_;
   std::string device_properties_;  // empty where the GPU is here
   bool tf32_;
-  // Null where the GPU is not here.
-  std::unique_ptr<struct cudnn::Context, cudnn::Status (*)(cudnn::Handle)> handle_;
+  Handle handle_;  // that graphs and plans are made with; null where the GPU is not here
+  // One for each stream that plans run on: a handle has streams of its own, with the priority of
+  // the one that it was given last (documentation of cudnnSetStream), and a capture is no time to
+  // change them.
+  std::map<cudaStream_t, Handle> stream_handles_;
   std::map<Key, std::unique_ptr<ConvolutionPlan>> plans_;
 };
 
@@ -104,8 +111,8 @@ class ConvolutionPlan {
   // Before the first run and outside a capture, once memory is there: settles which candidate runs.
   // Where that takes timing, it waits for the stream and overwrites the pass's result.
   void choose(const ConvolutionMaps& maps, const Stream& stream);
-  // Enqueues. Pointers that were run before cost no allocation. Runs on different streams need
-  // different workspaces.
+  // Enqueues. What was run on this stream and with these pointers before costs no allocation. Runs
+  // on different streams need different workspaces.
   void run(const ConvolutionMaps& maps, const Stream& stream);
   // Engine and knobs of what runs, "eng34_k2=5_k24=1".
   const std::string& id() const;

@@ -892,6 +892,7 @@ class NetworkOf : public TrainingNetwork {
   Precision precision_;
   bool deterministic_;
   const Stream& stream_;
+  std::array<SideStream, kLanes - 1> sides_;
   Convolutions convolutions_;
   CublasLt cublas_lt_;
   std::optional<Products> products_;
@@ -906,7 +907,6 @@ class NetworkOf : public TrainingNetwork {
   ParameterRange* ranges_ = nullptr;
   LossScale* loss_scale_ = nullptr;
   std::array<LaneMemory, kLanes> memory_{};
-  std::array<SideStream, kLanes - 1> sides_;
   bool beside_ = false;
 };
 
