@@ -78,9 +78,10 @@ struct Output {
 
 // What a node needs besides its input and output.
 struct Work {
-  Lane lane = Lane::main;      // of its passes but the weight gradient
-  bool splits = false;         // its output is read on both lanes
-  bool merges = false;         // its residual comes from the other lane
+  Lane lane = Lane::main;  // of its passes but the weight gradient
+  bool splits = false;     // its output is read on both lanes
+  bool merges = false;     // its residual comes from the other lane
+  bool pooled = false;     // a batch-norm whose output only a max-pool reads, which then makes it
   int weight = -1, bias = -1;  // indices of its parameters
   ConvolutionPlan* forward = nullptr;
   ConvolutionPlan* forward_with_sums = nullptr;  // where cuDNN has one and a batch-norm follows
@@ -345,6 +346,7 @@ class NetworkOf : public TrainingNetwork {
     }
     for (size_t i = 0; i < nodes_.size(); ++i) {
       const Output& output = outputs_[i];
+      if (output.values == nullptr) continue;
       const auto count = static_cast<size_t>(output.count());
       bool finite;
       if (output.vector) {
@@ -446,10 +448,18 @@ class NetworkOf : public TrainingNetwork {
       case Op::max_pool:
         if (node.kernel != 3 || node.stride != 2 || node.padding != 1)
           refuse(node, "only max-pools of 3x3, stride 2 and padding 1 are written.");
+        plan_pooled(node);
         break;
       case Op::global_average_pool:
         break;
     }
+  }
+
+  void plan_pooled(const Node& pool) {
+    const auto from = static_cast<size_t>(pool.input);
+    const Node& norm = nodes_[from];
+    work_[from].pooled = norm.op == Op::batch_norm && norm.activation == Activation::relu &&
+                         norm.residual < 0 && outputs_[from].readers == 1;
   }
 
   // Where node i adds what a chain of convolutions and batch-norms of its own brings, that chain
@@ -497,7 +507,7 @@ class NetworkOf : public TrainingNetwork {
     Work& work = work_[i];
     if (output.vector) {
       output.values = arena.take<float>(output.count());
-    } else {
+    } else if (!work.pooled) {
       output.values = arena.take<T>(output.count());
     }
     switch (node.op) {
@@ -612,8 +622,7 @@ class NetworkOf : public TrainingNetwork {
           }
           break;
         case Op::max_pool:
-          max_pool(pool_shape(node), static_cast<const T*>(input_of(i)), static_cast<T*>(y),
-                   work.where, stream_.get());
+          run_max_pool(i);
           break;
         case Op::global_average_pool:
           average_pool(batch_, node.in_size * node.in_size, node.out_channels,
@@ -755,10 +764,24 @@ class NetworkOf : public TrainingNetwork {
     if (with_sums < time()) convolution.sums = sums;
   }
 
+  void run_max_pool(size_t i) {
+    const Work& work = work_[i];
+    const PoolShape shape = pool_shape(nodes_[i]);
+    auto* y = static_cast<T*>(outputs_[i].values);
+    const auto from = static_cast<size_t>(nodes_[i].input);
+    if (work_[from].pooled) {
+      batch_norm_max_pool(work_[from].norm, shape, static_cast<const T*>(input_of(from)), y,
+                          work.where, stream_.get());
+    } else {
+      max_pool(shape, static_cast<const T*>(input_of(i)), y, work.where, stream_.get());
+    }
+  }
+
   template <typename N>
   void run_batch_norm(size_t i) {
     const Node& node = nodes_[i];
     run_statistics<N>(i);
+    if (work_[i].pooled) return;
     const void* residual =
         node.residual < 0 ? nullptr : outputs_[static_cast<size_t>(node.residual)].values;
     batch_norm_forward(work_[i].norm, static_cast<const N*>(input_of(i)),

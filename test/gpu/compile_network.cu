@@ -17,6 +17,7 @@ void instantiate() {
   batch_norm_forward<T>(norm, nullptr, nullptr, nullptr, true, nullptr);
   batch_norm_backward<T>(norm, {}, nullptr, nullptr, true, nullptr, nullptr, nullptr, {}, nullptr);
   max_pool<T>({}, nullptr, nullptr, nullptr, nullptr);
+  batch_norm_max_pool<T>({}, {}, nullptr, nullptr, nullptr, nullptr);
   max_pool_backward<T>({}, nullptr, nullptr, nullptr, nullptr, nullptr);
   average_pool<T>(1, 1, 1, nullptr, nullptr, nullptr, nullptr);
   average_pool_backward<T>(1, 1, 1, nullptr, nullptr, nullptr);

@@ -512,6 +512,31 @@ TEST_CASE_TEMPLATE("max-pool: values, winners and their gradients, with ties and
   }
 }
 
+TEST_CASE_TEMPLATE("max-pool after a batch-norm: the bits of the two one after the other", T,
+                   OPERAND_TYPES) {
+  for (const int channels : {3, 8, 64}) {
+    CAPTURE(channels);
+    constexpr int kImages = 2, kIn = 7, kOut = 4;
+    const cuda::PoolShape shape{kImages, channels, kIn, kOut};
+    NormFixture<T> f({kImages * kIn * kIn, channels}, false);
+    Array<T> x(normal(f.shape.count(), 5), "x"), map(x.size(), "map");
+    x[7] = cuda::from_float<T>(static_cast<float>(kNan));
+    const auto count = static_cast<size_t>(kImages * kOut * kOut * channels);
+    Array<T> y(count, "y"), fused(count, "fused");
+    Buffer<uint8_t> where(count, "where"), fused_where(count, "fused where");
+    cuda::batch_statistics<T>(f.norm(), x.data(), f.scratch(), nullptr);
+    cuda::batch_norm_forward<T>(f.norm(), x.data(), nullptr, map.data(), true, nullptr);
+    cuda::max_pool<T>(shape, map.data(), y.data(), where.data(), nullptr);
+    cuda::batch_norm_max_pool<T>(f.norm(), shape, x.data(), fused.data(), fused_where.data(),
+                                 nullptr);
+    CHECK(where.values() == fused_where.values());
+    size_t wrong = 0;
+    for (size_t i = 0; i < count; ++i) wrong += std::memcmp(&y[i], &fused[i], sizeof(T)) != 0;
+    CHECK(wrong == 0);
+    check_guards(x, fused, fused_where);
+  }
+}
+
 TEST_CASE_TEMPLATE("global average pool and its gradient", T, OPERAND_TYPES) {
   constexpr int kImages = 3;
   for (const int pixels : {1, 16, 49}) {
