@@ -45,7 +45,7 @@ __host__ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// ---- Shared memory: one static array for each Tag ----
+// ---- Shared memory: one static array for each Tag, and what the launch gives ----
 
 template <typename Tag, typename T, int count>
 __device__ T* shared_array() {
@@ -55,6 +55,17 @@ __device__ T* shared_array() {
 #else
   static char key;
   return static_cast<T*>(simt::Block::current->static_shared(&key, sizeof(T) * count));
+#endif
+}
+
+// 16-byte aligned.
+template <typename T>
+__device__ T* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 dynamic_memory[];
+  return reinterpret_cast<T*>(dynamic_memory);
+#else
+  return static_cast<T*>(simt::Block::current->dynamic_shared());
 #endif
 }
 
@@ -82,13 +93,27 @@ __device__ N block_sum(N value) {
 
 // ---- Launch ----
 
+// What a launch has beside its grid.
+struct LaunchOptions {
+  LaunchOptions(cudaStream_t on) : stream(on) {}
+  cudaStream_t stream;
+  size_t shared_bytes = 0;   // dynamic; the device must have been told to allow more than 48 KB
+  bool cooperative = false;  // all blocks are on the device at once
+};
+
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            cudaStream_t stream, Arguments&&... arguments) {
+            const LaunchOptions& options, Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
-  config.stream = stream;
+  config.dynamicSmemBytes = options.shared_bytes;
+  config.stream = options.stream;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  config.attrs = &cooperative;
+  config.numAttrs = options.cooperative ? 1 : 0;
   const cudaError_t status =
       cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   if (status != cudaSuccess) {

@@ -119,20 +119,4 @@ __device__ void sum_lanes(const Tiling& t, int lane, Pack<float, width> (&sums)[
   }
 }
 
-// True in every thread of the block that is the last of `blocks` to come here, which then sees what
-// the others wrote before they came. The counter is 0 before and after a launch. The order in which
-// blocks come decides only who goes on, not what is computed.
-template <typename Tag>
-__device__ bool is_last_block(unsigned* counter, unsigned blocks) {
-  unsigned* before = shared_array<Tag, unsigned, 1>();
-  __threadfence();  // this block's results, before its arrival
-  __syncthreads();
-  if (threadIdx.x == 0) *before = atomicAdd(counter, 1U);
-  __syncthreads();
-  if (*before != blocks - 1) return false;
-  if (threadIdx.x == 0) *counter = 0;
-  __threadfence();  // the arrivals, before reading the others' results
-  return true;
-}
-
 }  // namespace hardmine::cuda

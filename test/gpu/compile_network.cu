@@ -16,6 +16,11 @@ void instantiate() {
   batch_statistics<T>(norm, nullptr, {}, nullptr);
   batch_norm_forward<T>(norm, nullptr, nullptr, nullptr, true, nullptr);
   batch_norm_backward<T>(norm, {}, nullptr, nullptr, true, nullptr, nullptr, nullptr, {}, nullptr);
+  forward_rows_to_keep<T>({}, 2, 64, {});
+  backward_rows_to_keep<T>({}, 2, 64, true, true, {});
+  batch_norm_forward_whole<T>(norm, 0, nullptr, nullptr, nullptr, true, {}, nullptr);
+  batch_norm_backward_whole<T>(norm, {}, 0, nullptr, nullptr, true, nullptr, nullptr, nullptr, {},
+                               nullptr);
   max_pool<T>({}, nullptr, nullptr, nullptr, nullptr);
   batch_norm_max_pool<T>({}, {}, nullptr, nullptr, nullptr, nullptr);
   max_pool_backward<T>({}, nullptr, nullptr, nullptr, nullptr, nullptr);

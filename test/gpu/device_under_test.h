@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/kernels/cooperative.cuh"
 #include "cuda/libraries.h"
 #include "cuda/runtime.h"
 
@@ -30,6 +31,8 @@ struct Gpu {
     return libraries;
   }
 };
+
+using cuda::cooperative_limits;
 
 // Managed memory between canaries. Host and device use it in turn: values() and check() wait for the
 // device.

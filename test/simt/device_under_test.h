@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/kernels/cooperative.cuh"
 #include "cuda/libraries.h"
 #include "test/simt/fake_libraries.h"
 
@@ -18,6 +19,12 @@ struct Gpu {
   simt::Device device;  // of the generation with the smaller workspaces
   cuda::Libraries libraries = fakes.libraries();
 };
+
+// Of the device that kernels run on which are given Buffers.
+inline cuda::CooperativeLimits cooperative_limits() {
+  const simt::Device device;
+  return cuda::cooperative_limits();
+}
 
 template <typename T>
 using Buffer = simt::Buffer<T>;

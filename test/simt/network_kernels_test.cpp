@@ -5,7 +5,10 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <random>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include <device_under_test.h>
@@ -185,15 +188,79 @@ struct NormFixture {
 struct NormCase {
   bool relu, residual, second_gradient, fixed_scale;
 };
+constexpr NormCase kNormCases[] = {{false, false, false, false}, {true, false, false, false},
+                                   {true, true, false, false},   {true, true, true, false},
+                                   {true, false, true, false},   {false, false, false, true}};
+
+// Of how many rows the one kernel each way keeps what it loads.
+struct RowsKept {
+  int forward, backward;
+};
+
+// Every byte that a batch-norm leaves behind, by the name of its array.
+using Bytes = std::vector<std::pair<std::string, std::string>>;
+
+// Two steps on the same scratch, by two kernels each way, or by one where `kept` is given.
+template <typename T>
+Bytes run_norm(const Shape& s, const NormCase& c, int64_t blocks, std::optional<RowsKept> kept) {
+  NormFixture<T> f(s, c.fixed_scale);
+  cuda::BatchNormScratch scratch = f.scratch();
+  scratch.blocks = blocks;
+  Bytes bytes;
+  const auto add = [&](const char* name, const auto& buffer) {
+    const auto values = buffer.values();
+    bytes.emplace_back(name, std::string(reinterpret_cast<const char*>(values.data()),
+                                         values.size() * sizeof(values[0])));
+  };
+  for (uint64_t step = 0; step < 2; ++step) {
+    Array<T> x(normal(s.count(), 10 + step, 0.5, 2), "x"), y(s.count(), "y");
+    Array<T> residual(normal(s.count(), 20 + step), "residual");
+    Vector gradient = normal(s.count(), 30 + step);
+    for (size_t i = 0; i < s.count(); i += s.width()) gradient[i] = -0.0;
+    Array<T> dy(gradient, "dy"), other(normal(s.count(), 40 + step), "dy2");
+    // y may take the place of the residual; dx that of x, or of dy where no residual wants that.
+    const bool in_place = s.rows % 2 == 0;
+    const T* const added = c.residual ? residual.data() : nullptr;
+    const T* const second = c.second_gradient ? other.data() : nullptr;
+    T* const out = c.residual && in_place ? residual.data() : y.data();
+    const T* const masks = c.residual && c.relu ? out : nullptr;
+    T* const dx = in_place && !c.residual ? dy.data() : x.data();
+    if (kept.has_value()) {
+      cuda::batch_norm_forward_whole<T>(f.norm(), kept->forward, x.data(), added, out, c.relu,
+                                        scratch, nullptr);
+    } else {
+      cuda::batch_statistics<T>(f.norm(), x.data(), scratch, nullptr);
+      cuda::batch_norm_forward<T>(f.norm(), x.data(), added, out, c.relu, nullptr);
+    }
+    add("y", y);
+    add("residual", residual);
+    if (kept.has_value()) {
+      cuda::batch_norm_backward_whole<T>(f.norm(), f.gradient(), kept->backward, x.data(), masks,
+                                         c.relu, dy.data(), second, dx, scratch, nullptr);
+    } else {
+      cuda::batch_norm_backward<T>(f.norm(), f.gradient(), x.data(), masks, c.relu, dy.data(),
+                                   second, dx, scratch, nullptr);
+    }
+    add("x or dx", x);
+    add("dy or dx", dy);
+    add("mean", f.mean);
+    add("inverse deviation", f.inverse);
+    add("scale", f.scale);
+    add("running mean", f.running_mean);
+    add("running variance", f.running_variance);
+    add("gamma's gradient", f.gamma_gradient);
+    add("beta's gradient", f.beta_gradient);
+    f.check();
+    check_guards(x, y, residual, dy, other);
+  }
+  return bytes;
+}
 
 }  // namespace
 
 TEST_CASE_TEMPLATE("batch-norm: forward, running statistics and backward", T, OPERAND_TYPES) {
-  constexpr NormCase kCases[] = {{false, false, false, false}, {true, false, false, false},
-                                 {true, true, false, false},   {true, true, true, false},
-                                 {true, false, true, false},   {false, false, false, true}};
   for (const Shape& s : kShapes) {
-    for (const NormCase& c : kCases) {
+    for (const NormCase& c : kNormCases) {
       // The emulator is slow: the large shapes with ReLU, alone and with a residual.
       if (s.rows > 200 && (!c.relu || c.second_gradient)) continue;
       CAPTURE(s.rows);
@@ -281,6 +348,83 @@ TEST_CASE_TEMPLATE("batch-norm: forward, running statistics and backward", T, OP
   }
 }
 
+TEST_CASE_TEMPLATE("batch-norm in one kernel each way: the bits of two", T, OPERAND_TYPES) {
+  const cuda::CooperativeLimits device = hardmine::testing::cooperative_limits();
+  if (device.multiprocessors == 0) return;  // a device without cooperative launches
+  // Few blocks have many rows each, of which a part is kept.
+  for (const int64_t blocks : {cuda::kReductionBlocks, int64_t{3}}) {
+    for (const Shape& s : {Shape{2, 3}, {7, 8}, {130, 10}, {700, 3}, {66, 45}, {300, 72}}) {
+      for (const NormCase& c : kNormCases) {
+        // The emulator is slow: the large shapes with ReLU, alone and with a residual.
+        if (s.count() > 2000 && (!c.relu || c.second_gradient)) continue;
+        const cuda::BatchNormScratch scratch{nullptr, nullptr, blocks};
+        const std::optional<int> forward =
+            cuda::forward_rows_to_keep<T>(device, s.rows, s.channels, scratch);
+        const std::optional<int> backward =
+            cuda::backward_rows_to_keep<T>(device, s.rows, s.channels, c.relu, c.residual, scratch);
+        CAPTURE(blocks);
+        CAPTURE(s.rows);
+        CAPTURE(s.channels);
+        CAPTURE(c.relu);
+        CAPTURE(c.residual);
+        CAPTURE(c.second_gradient);
+        REQUIRE(forward.has_value());
+        REQUIRE(backward.has_value());
+        const Bytes expected = run_norm<T>(s, c, blocks, std::nullopt);
+        for (const int most : {0, 2, 1000}) {
+          const RowsKept kept{std::min(*forward, most), std::min(*backward, most)};
+          CAPTURE(kept.forward);
+          CAPTURE(kept.backward);
+          const Bytes got = run_norm<T>(s, c, blocks, kept);
+          REQUIRE(got.size() == expected.size());
+          for (size_t i = 0; i < got.size(); ++i) {
+            CAPTURE(got[i].first);
+            const bool same = got[i] == expected[i];
+            CHECK(same);
+          }
+        }
+      }
+    }
+  }
+}
+
+#ifdef HARDMINE_SIMT  // a device as small as wanted
+TEST_CASE("batch-norm in one kernel: how many rows fit, and whether the blocks do") {
+  constexpr int64_t kRows = 4000, kChannels = 64;  // 32 threads side by side along the rows
+  const auto kept = [&](int64_t blocks, const cuda::CooperativeLimits& limits) {
+    const cuda::BatchNormScratch scratch{nullptr, nullptr, blocks};
+    return std::pair(
+        cuda::forward_rows_to_keep<__half>(limits, kRows, kChannels, scratch),
+        cuda::backward_rows_to_keep<__half>(limits, kRows, kChannels, true, true, scratch));
+  };
+  const auto fitted = [](int forward, int backward) {
+    return std::pair(std::optional(forward), std::optional(backward));
+  };
+  constexpr std::pair<std::optional<int>, std::optional<int>> kNone;
+  const cuda::CooperativeLimits none;
+  {
+    // 4 multiprocessors of 100 KB, 1 KB of each block's share reserved; 4 or 8 KB for a row of each
+    // thread.
+    const simt::Device device;
+    const cuda::CooperativeLimits limits = cuda::cooperative_limits();
+    CHECK(kept(4, limits) == fitted(24, 12));
+    CHECK(kept(8, limits) == fitted(12, 6));
+    CHECK(kept(24, limits) == fitted(3, 1));
+    CHECK(kept(25, limits) == kNone);
+    CHECK(kept(4, none) == kNone);
+  }
+  {
+    const simt::Device device({.shared_bytes = 1024 << 10});
+    CHECK(kept(4, cuda::cooperative_limits()) == fitted(32, 32));  // all there are
+    CHECK(kept(16, cuda::cooperative_limits()) == fitted(8, 8));
+  }
+  {
+    const simt::Device device({.cooperative = false});
+    CHECK(cuda::cooperative_limits().multiprocessors == 0);
+  }
+}
+#endif
+
 TEST_CASE("batch-norm: statistics from sums that came with the map") {
   for (const Shape& s : {Shape{2, 8}, Shape{7, 25}, Shape{100, 1500}}) {
     for (const bool fixed_scale : {false, true}) {
@@ -362,7 +506,17 @@ TEST_CASE("batch-norm: the same bits in whatever order the blocks run") {
         seed);
     seen.push_back(f.mean.values());
     for (const float value : f.scale.values()) seen.back().push_back(value);
+    Buffer<float> y(s.count(), "y");
+    simt::launch(
+        t.grid(), cuda::kTileThreads, cuda::kKeptBytes<float, 4>,
+        [&] {
+          cuda::batch_norm_forward_whole_kernel<float, 4>(
+              f.norm(), t, 1, x.data(), nullptr, y.data(), true, means, squares, f.arrivals.data());
+        },
+        seed, simt::Blocks::cooperative);
+    for (const float value : y.values()) seen.back().push_back(value);
     f.check();
+    y.check();
   }
   CHECK(seen[0] == seen[1]);
   CHECK(seen[0] == seen[2]);

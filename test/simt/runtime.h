@@ -14,6 +14,9 @@
 //     a page that nobody can touch: an access past it, by a kernel or a copy, throws simt::Fault.
 //     So does work on the default stream, and a kernel's pointer to memory that is not CUDA's.
 //   - Blocks of kernels run in an order that differs from launch to launch.
+//   - A cooperative launch must fit on its few multiprocessors, and more than 48 KB of dynamic
+//   shared
+//     memory must have been allowed.
 // Faults come out of the call that runs the work; the device is lost afterwards.
 #pragma once
 
@@ -66,6 +69,8 @@ enum cudaError_t {
   cudaErrorInvalidAddressSpace = 717,
   cudaErrorInvalidPc = 718,
   cudaErrorLaunchFailure = 719,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801,
   cudaErrorSystemNotReady = 802,
   cudaErrorSystemDriverMismatch = 803,
   cudaErrorCompatNotSupportedOnDevice = 804,
@@ -95,8 +100,21 @@ enum cudaDeviceAttr {
   cudaDevAttrL2CacheSize = 38,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrCooperativeLaunch = 95,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2 };
+union cudaLaunchAttributeValue {
+  int cooperative;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 inline constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
 inline constexpr unsigned cudaEventDefault = 0, cudaEventDisableTiming = 2;
 inline constexpr unsigned cudaGraphInstantiateFlagUseNodePriority = 8;
@@ -178,6 +196,10 @@ struct DeviceOptions {
   size_t memory_bytes = size_t{1} << 30;
   int count = 1;  // ordinals; they share one memory
   int major = 9, minor = 0;
+  // As of compute capability 8.6, on few multiprocessors: a test has few blocks.
+  int multiprocessors = 4;
+  int threads = 1536, shared_bytes = 100 << 10;  // of a multiprocessor
+  bool cooperative = true;
   uint64_t seed = 1;  // of the order in which streams and blocks run
 };
 
@@ -546,6 +568,7 @@ class Device {
   }
 
   int ordinal = 0;
+  std::map<void*, size_t> shared_bytes_allowed;  // of kernels
 
  private:
   // Device memory can be touched while one of these lives.
@@ -710,6 +733,31 @@ class Device {
   std::vector<std::weak_ptr<Capture>> captures_;
 };
 
+// ---- What of a kernel fits on a multiprocessor ----
+
+// Without a Device, of one by default.
+inline const DeviceOptions& processor() {
+  static const DeviceOptions none;
+  return Device::current == nullptr ? none : Device::current->options();
+}
+inline constexpr int kReservedSharedBytes = 1024;  // of each block, by the driver
+inline size_t shared_bytes_of_a_block() {
+  return static_cast<size_t>(processor().shared_bytes - kReservedSharedBytes);
+}
+// The dynamic shared memory that a kernel was allowed; without a Device, in this thread.
+inline std::map<void*, size_t>& shared_bytes_allowed() {
+  static thread_local std::map<void*, size_t> without;
+  return Device::current == nullptr ? without : Device::current->shared_bytes_allowed;
+}
+inline int resident_blocks(void* kernel, int threads, size_t shared_bytes) {
+  const auto allowed = shared_bytes_allowed().find(kernel);
+  if (shared_bytes > (allowed == shared_bytes_allowed().end() ? 48 << 10 : allowed->second))
+    return 0;
+  return std::min(
+      processor().threads / threads,
+      processor().shared_bytes / (static_cast<int>(shared_bytes) + kReservedSharedBytes));
+}
+
 // ---- For Arena (cuda/runtime.cpp): arrays that end at a guard page ----
 
 inline size_t guarded_bytes(size_t bytes) {
@@ -746,6 +794,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
     HARDMINE_NAME(cudaErrorNotReady)
     HARDMINE_NAME(cudaErrorIllegalAddress)
     HARDMINE_NAME(cudaErrorLaunchFailure)
+    HARDMINE_NAME(cudaErrorCooperativeLaunchTooLarge)
     HARDMINE_NAME(cudaErrorECCUncorrectable)
     HARDMINE_NAME(cudaErrorInsufficientDriver)
     HARDMINE_NAME(cudaErrorStreamCaptureUnsupported)
@@ -801,7 +850,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int ordin
     properties->totalGlobalMem = device.options().memory_bytes;
     properties->major = device.options().major;
     properties->minor = device.options().minor;
-    properties->multiProcessorCount = 4;
+    properties->multiProcessorCount = device.options().multiprocessors;
     properties->l2CacheSize = 1 << 20;
     return cudaSuccess;
   });
@@ -822,6 +871,12 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
       break;
     case cudaDevAttrComputeCapabilityMinor:
       *value = properties.minor;
+      break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = simt::processor().cooperative ? 1 : 0;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(simt::shared_bytes_of_a_block());
       break;
   }
   return cudaSuccess;
@@ -967,8 +1022,25 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stre
       [&](simt::Device& device) { return device.launch(executable, stream); });
 }
 
+// ---- Kernels ----
+
+// Static shared arrays, which only running a kernel would show, count as none.
 template <typename Function>
-cudaError_t cudaFuncSetAttribute(Function*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Function*) {
+  *attributes = {};
+  return cudaSuccess;
+}
+template <typename Function>
+cudaError_t cudaFuncSetAttribute(Function* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > simt::shared_bytes_of_a_block())
+    return cudaErrorInvalidValue;
+  simt::shared_bytes_allowed()[reinterpret_cast<void*>(kernel)] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+template <typename Function>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Function* kernel,
+                                                          int threads, size_t shared_bytes) {
+  *blocks = simt::resident_blocks(reinterpret_cast<void*>(kernel), threads, shared_bytes);
   return cudaSuccess;
 }
 
@@ -977,7 +1049,7 @@ struct cudaLaunchConfig_t {
   dim3 blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
-  void* attrs = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
   unsigned numAttrs = 0;
 };
 
@@ -985,9 +1057,23 @@ struct cudaLaunchConfig_t {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
+  const dim3 grid = config->gridDim, block = config->blockDim;
+  const bool cooperative = config->numAttrs > 0 && config->attrs->val.cooperative != 0;
+  const int resident = simt::resident_blocks(reinterpret_cast<void*>(kernel),
+                                             static_cast<int>(block.x * block.y * block.z),
+                                             config->dynamicSmemBytes);
+  if (resident == 0) return cudaErrorInvalidValue;
+  if (cooperative) {
+    if (!simt::processor().cooperative) return cudaErrorNotSupported;
+    if (uint64_t{grid.x} * grid.y * grid.z >
+        static_cast<uint64_t>(resident) * static_cast<uint64_t>(simt::processor().multiprocessors))
+      return cudaErrorCooperativeLaunchTooLarge;
+  }
+  const simt::Blocks kind = cooperative ? simt::Blocks::cooperative : simt::Blocks::independent;
   if (config->stream == nullptr && simt::Device::current == nullptr) {
-    simt::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                 [&] { kernel(static_cast<Parameters>(arguments)...); });
+    simt::launch(
+        grid, block, config->dynamicSmemBytes,
+        [&] { kernel(static_cast<Parameters>(arguments)...); }, 1, kind);
     return cudaSuccess;
   }
   return simt::Device::call([&](simt::Device& device) {
@@ -997,10 +1083,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     };
     std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
     std::apply([&](const auto&... value) { (check(value), ...); }, values);
-    device.enqueue(config->stream, {[=, config = *config, &device] {
+    device.enqueue(config->stream, {[=, bytes = config->dynamicSmemBytes, &device] {
                      simt::launch(
-                         config.gridDim, config.blockDim, config.dynamicSmemBytes,
-                         [&] { std::apply(kernel, values); }, device.draw());
+                         grid, block, bytes, [&] { std::apply(kernel, values); }, device.draw(),
+                         kind);
                    }});
     return cudaSuccess;
   });

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cuda/convolution.h"
+#include "cuda/kernels/cooperative.cuh"
 #include "cuda/kernels/device.cuh"
 #include "cuda/libraries.h"
 #include "cuda/products.h"
@@ -38,6 +39,19 @@ __global__ void add_one(int* values, int count) {
 }
 __global__ void copy_value(const int* from, int* to) {
   if (threadIdx.x == 0) *to = *from;
+}
+
+// Every block's value becomes the sum of all, through dynamic shared memory.
+__global__ void sum_of_blocks(int* values, int* sum, unsigned* arrivals) {
+  struct LastTag {};
+  int* shared = cuda::dynamic_shared<int>();
+  shared[threadIdx.x] = values[blockIdx.x];
+  cuda::finish_in_last_block<LastTag>(arrivals, gridDim.x, [&] {
+    if (threadIdx.x != 0) return;
+    *sum = 0;
+    for (unsigned b = 0; b < gridDim.x; ++b) *sum += values[b];
+  });
+  if (threadIdx.x == 0) values[blockIdx.x] = *sum + shared[kThreads - 1];
 }
 
 void enqueue_add(int* values, int count, const cuda::Stream& stream) {
@@ -238,6 +252,47 @@ TEST_CASE("a captured graph replays forks and joins") {
       CHECK(device.peek(values, 3)[2] == 10 * step + 1);
     }
   }
+}
+
+TEST_CASE("a cooperative launch is captured like any other, and refused where it does not fit") {
+  simt::Device device({.multiprocessors = 2, .shared_bytes = 200 << 10});
+  const cuda::Stream stream;
+  const cuda::DeviceBlock block = cuda::allocate_device(64 * sizeof(int), "a test");
+  int* const values = static_cast<int*>(block.data());
+  auto* const arrivals = reinterpret_cast<unsigned*>(values + 32);
+  cuda::check(cudaMemset(values, 0, 64 * sizeof(int)), "a fill");
+  cuda::LaunchOptions options = stream.get();
+  options.cooperative = true;
+  options.shared_bytes = 60 << 10;
+  const auto enqueue = [&](unsigned blocks) {
+    cuda::launch("sum_of_blocks", &sum_of_blocks, blocks, kThreads, options, values, values + 31,
+                 arrivals);
+  };
+  CHECK(error_of([&] { enqueue(2); }).find("ERR_BACKEND") == 0);  // more than 48 KB unasked
+  const cuda::CooperativeLimits limits = cuda::cooperative_limits();
+  CHECK(limits.multiprocessors == 2);
+  CHECK(cuda::shared_pieces(limits, &sum_of_blocks, 6, kThreads, 10 << 10, 100) == 6);
+  CHECK(cuda::shared_pieces(limits, &sum_of_blocks, 6, kThreads, 10 << 10, 5) == 5);
+  CHECK(cuda::shared_pieces(limits, &sum_of_blocks, 49, kThreads, 10 << 10, 5) == std::nullopt);
+  {
+    const cuda::CapturedGraph graph(stream, [&] {
+      enqueue_add(values, 6, stream);
+      enqueue(6);
+      enqueue(6);
+    });
+    for (int i = 0; i < 2; ++i) graph.launch(stream);
+    stream.synchronize();
+  }
+  // v -> (v + 1) 7 twice and again: 0, 1, 7, 49; 50, 350, 2450.
+  CHECK(device.peek(values, 7) == std::vector<int>{2450, 2450, 2450, 2450, 2450, 2450, 0});
+  CHECK(device.peek(arrivals, 1)[0] == 0);
+  const std::string error = error_of([&] { enqueue(7); });
+  CHECK(contains(error, "the launch of sum_of_blocks (grid 7x1, block 64)"));
+  CHECK(contains(error, "cudaErrorCooperativeLaunchTooLarge"));
+  options.cooperative = false;
+  enqueue(7);
+  CHECK_THROWS_WITH_AS(stream.synchronize(),
+                       "a block waits for another, but the launch is not cooperative", simt::Fault);
 }
 
 TEST_CASE("what a capture forbids is an error, and leaves no capture behind") {

@@ -3,13 +3,15 @@
 // toolkit's headers that bring this one in.
 //
 // One fiber a thread, blocks one after the other in permuted order, lanes of a block started in
-// permuted order. What it reports as simt::Fault:
+// permuted order. Blocks of a cooperative launch are in flight together and take turns, from
+// barrier to barrier, in an order that changes every time. What it reports as simt::Fault:
 //   - a __syncthreads or warp operation that not every lane reaches (exited lanes included), or
 //   that
 //     lanes reach from different lines;
 //   - a warp operation whose mask leaves out the caller, names an exited lane, or differs among
 //   lanes;
-//   - an access outside a Buffer (page-guarded on both ends) or past a shared array;
+//   - an access outside a Buffer (page-guarded on both ends) or past dynamic shared memory;
+//   - blocks that wait for each other for ever, or at all where the launch is not cooperative;
 //   - shared memory read before it was written shows as NaN (it is filled with 0xFF at block
 //   start).
 // It does not find races between lanes that happen to run in a harmless order, and knows no tensor
@@ -28,6 +30,7 @@
 #include <functional>
 #include <memory>
 #include <source_location>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -57,6 +60,57 @@ struct Fault : std::runtime_error {
 
 inline constexpr int kWarp = 32;
 inline constexpr size_t kStackBytes = 64 * 1024;  // kernels keep arrays of a few KB at most
+
+// Device memory between two inaccessible pages. The data ends at the upper page, so that the first
+// byte past it faults; bytes before it, up to the lower page, are canaries checked by check().
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(size_t count, std::string name = "a buffer")
+      : count_(count), name_(std::move(name)) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    // Vector loads need 16-byte alignment, so up to 15 bytes of slack stay behind the last element.
+    data_bytes_ = (count * sizeof(T) + 15) & ~size_t{15};
+    body_bytes_ = (std::max<size_t>(data_bytes_, 1) + page - 1) / page * page;
+    mapped_bytes_ = body_bytes_ + 2 * page;
+    base_ = static_cast<char*>(
+        mmap(nullptr, mapped_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED) throw std::bad_alloc();
+    body_ = base_ + page;
+    mprotect(body_, body_bytes_, PROT_READ | PROT_WRITE);
+    std::memset(body_, kCanary, body_bytes_);
+    data_ = reinterpret_cast<T*>(body_ + body_bytes_ - data_bytes_);
+  }
+  Buffer(const std::vector<T>& values, std::string name) : Buffer(values.size(), std::move(name)) {
+    std::copy(values.begin(), values.end(), data_);
+  }
+  ~Buffer() { munmap(base_, mapped_bytes_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* data() { return data_; }
+  size_t size() const { return count_; }
+  T& operator[](size_t i) { return data_[i]; }
+  std::vector<T> values() const { return std::vector<T>(data_, data_ + count_); }
+  void fill(const T& value) { std::fill(data_, data_ + count_, value); }
+
+  // Throws when bytes around the data were written.
+  void check() const {
+    const char* data = reinterpret_cast<const char*>(data_);
+    for (const char* p = body_; p < data; ++p)
+      if (*p != kCanary) throw Fault("a write before the start of " + name_);
+    for (const char* p = data + count_ * sizeof(T); p < body_ + body_bytes_; ++p)
+      if (*p != kCanary) throw Fault("a write past the end of " + name_);
+  }
+
+ private:
+  static constexpr char kCanary = 0x5A;
+  size_t count_, data_bytes_, body_bytes_, mapped_bytes_;
+  std::string name_;
+  char* base_;
+  char* body_;
+  T* data_;
+};
 
 // Where a fiber, or who runs it, goes on. glibc's swapcontext makes a system call for the signal
 // mask at every switch, twenty times what the switch itself costs; other processors would need
@@ -88,8 +142,17 @@ class Context {
   void* stack_ = nullptr;
 };
 
-// What a lane waits for.
-enum class Wait : uint8_t { nothing, block, warp, exited };
+// Puts `values` into an order drawn from `seed`, which it moves on.
+template <typename T>
+void permute(std::span<T> values, uint64_t& seed) {
+  for (size_t i = values.size(); i > 1; --i) {
+    seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
+    std::swap(values[i - 1], values[(seed >> 33) % i]);
+  }
+}
+
+// What a lane waits for. `others`: it waits in a loop for what another lane or block is to write.
+enum class Wait : uint8_t { nothing, block, warp, others, exited };
 
 struct Lane {
   Context context;
@@ -110,7 +173,7 @@ class Block {
   static thread_local Block* current;
 
   Block(dim3 grid, dim3 block, size_t shared_bytes)
-      : grid_(grid), block_(block), shared_(shared_bytes + 256) {}
+      : grid_(grid), block_(block), shared_(shared_bytes, "dynamic shared memory") {}
 
   Lane& lane() { return *running_; }
   const dim3& grid() const { return grid_; }
@@ -118,10 +181,7 @@ class Block {
   uint3 block_index{};
 
   // Dynamic shared memory, 0xFF at block start.
-  void* dynamic_shared() {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(shared_.data()) + 127) &
-                                   ~uintptr_t{127});
-  }
+  void* dynamic_shared() { return shared_.data(); }
 
   // A named static shared array: the same memory for every lane of the block.
   void* static_shared(const void* key, size_t bytes) {
@@ -134,6 +194,12 @@ class Block {
   void wait_block(unsigned line) {
     running_->wait = Wait::block;
     running_->line = line;
+    yield();
+  }
+
+  // Returns when the other lanes and blocks have had a turn.
+  void give_way() {
+    running_->wait = Wait::others;
     yield();
   }
 
@@ -157,10 +223,12 @@ class Block {
     std::abort();  // never resumed
   }
 
-  void run(const std::function<void()>& kernel, const uint64_t order_seed) {
-    std::fill(shared_.begin(), shared_.end(), static_cast<char>(0xFF));
+  // Makes every lane ready to run `kernel`, which must live until the block has ended.
+  void start(const std::function<void()>& kernel, uint64_t order_seed) {
+    shared_.fill(static_cast<char>(0xFF));
     statics_.clear();
     kernel_ = &kernel;
+    ended_ = false;
     const int n = static_cast<int>(block_.x * block_.y * block_.z);
     if (n < 1 || n > 1024)
       throw Fault("a block of " + std::to_string(n) + " threads; 1 to 1024 fit");
@@ -168,9 +236,9 @@ class Block {
       lanes_.push_back(std::make_unique<Lane>());
       lanes_.back()->stack.reset(new char[kStackBytes]);
     }
-    std::vector<int> order(static_cast<size_t>(n));
+    order_.resize(static_cast<size_t>(n));
     for (int i = 0; i < n; ++i) {
-      order[static_cast<size_t>(i)] = i;
+      order_[static_cast<size_t>(i)] = i;
       Lane& l = *lanes_[static_cast<size_t>(i)];
       l.index = i;
       l.thread = {static_cast<unsigned>(i) % block_.x,
@@ -179,39 +247,45 @@ class Block {
       l.wait = Wait::nothing;
       l.context.prepare(l.stack.get(), kStackBytes, &Block::enter);
     }
-    uint64_t state = order_seed;
-    for (size_t i = order.size(); i > 1; --i) {  // permuted start order
-      state = state * 6364136223846793005ULL + 1442695040888963407ULL;
-      std::swap(order[i - 1], order[(state >> 33) % i]);
-    }
+    permute<int>(order_, order_seed);
+  }
+
+  // Runs the lanes until all of them wait, and lets them through a barrier that all have reached.
+  // False when lanes did nothing but wait for other blocks.
+  bool step() {
     Block* outer = current;
     current = this;
     struct Restore {
       Block* outer;
       ~Restore() { Block::current = outer; }
     } restore{outer};
-    for (;;) {
-      bool ran = false;
-      for (const int i : order) {
+    const int n = static_cast<int>(order_.size());
+    bool moved = false;
+    for (const int i : order_) {
+      Lane& l = *lanes_[static_cast<size_t>(i)];
+      if (l.wait == Wait::others) moved = resume(l) || moved;
+    }
+    for (bool ran = true; ran;) {
+      ran = false;
+      for (const int i : order_) {
         Lane& l = *lanes_[static_cast<size_t>(i)];
         if (l.wait != Wait::nothing) continue;
+        resume(l);
         ran = true;
-        running_ = &l;
-        scheduler_.switch_to(l.context);
-        if (!throw_later_.empty()) {
-          const std::string what = std::exchange(throw_later_, {});
-          throw Fault(what);
-        }
       }
-      if (ran) {
-        release_warps(n);
-        continue;
-      }
-      if (all(n, Wait::exited)) return;
-      if (release_warps(n)) continue;
-      release_block(n);
+      ran = release_warps(n) || ran;
+      moved = moved || ran;
     }
+    for (const int i : order_)
+      if (lanes_[static_cast<size_t>(i)]->wait == Wait::others) return moved;
+    ended_ = all(n, Wait::exited);
+    if (ended_)
+      shared_.check();
+    else
+      release_block(n);
+    return true;
   }
+  bool ended() const { return ended_; }
 
  private:
   static void enter() {
@@ -222,6 +296,18 @@ class Block {
   }
 
   void yield() { running_->context.switch_to(scheduler_); }
+
+  // Runs a lane until it waits; false when that is for others.
+  bool resume(Lane& l) {
+    l.wait = Wait::nothing;
+    running_ = &l;
+    scheduler_.switch_to(l.context);
+    if (!throw_later_.empty()) {
+      const std::string what = std::exchange(throw_later_, {});
+      throw Fault(what);
+    }
+    return l.wait != Wait::others;
+  }
 
   bool all(int n, Wait wait) const {
     for (int i = 0; i < n; ++i)
@@ -290,66 +376,17 @@ class Block {
     std::vector<char> memory;
   };
   dim3 grid_, block_;
-  std::vector<char> shared_;
+  Buffer<char> shared_;
   std::vector<Static> statics_;
   std::vector<std::unique_ptr<Lane>> lanes_;
+  std::vector<int> order_;  // in which lanes run
+  bool ended_ = false;
   Lane* running_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   Context scheduler_;
   std::string throw_later_;
 };
 inline thread_local Block* Block::current = nullptr;
-
-// Device memory between two inaccessible pages. The data ends at the upper page, so that the first
-// byte past it faults; bytes before it, up to the lower page, are canaries checked by check().
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(size_t count, std::string name = "a buffer")
-      : count_(count), name_(std::move(name)) {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    // Vector loads need 16-byte alignment, so up to 15 bytes of slack stay behind the last element.
-    data_bytes_ = (count * sizeof(T) + 15) & ~size_t{15};
-    body_bytes_ = (std::max<size_t>(data_bytes_, 1) + page - 1) / page * page;
-    mapped_bytes_ = body_bytes_ + 2 * page;
-    base_ = static_cast<char*>(
-        mmap(nullptr, mapped_bytes_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (base_ == MAP_FAILED) throw std::bad_alloc();
-    body_ = base_ + page;
-    mprotect(body_, body_bytes_, PROT_READ | PROT_WRITE);
-    std::memset(body_, kCanary, body_bytes_);
-    data_ = reinterpret_cast<T*>(body_ + body_bytes_ - data_bytes_);
-  }
-  Buffer(const std::vector<T>& values, std::string name) : Buffer(values.size(), std::move(name)) {
-    std::copy(values.begin(), values.end(), data_);
-  }
-  ~Buffer() { munmap(base_, mapped_bytes_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  T* data() { return data_; }
-  size_t size() const { return count_; }
-  T& operator[](size_t i) { return data_[i]; }
-  std::vector<T> values() const { return std::vector<T>(data_, data_ + count_); }
-  void fill(const T& value) { std::fill(data_, data_ + count_, value); }
-
-  // Throws when bytes around the data were written.
-  void check() const {
-    const char* data = reinterpret_cast<const char*>(data_);
-    for (const char* p = body_; p < data; ++p)
-      if (*p != kCanary) throw Fault("a write before the start of " + name_);
-    for (const char* p = data + count_ * sizeof(T); p < body_ + body_bytes_; ++p)
-      if (*p != kCanary) throw Fault("a write past the end of " + name_);
-  }
-
- private:
-  static constexpr char kCanary = 0x5A;
-  size_t count_, data_bytes_, body_bytes_, mapped_bytes_;
-  std::string name_;
-  char* base_;
-  char* body_;
-  T* data_;
-};
 
 namespace detail {
 inline thread_local sigjmp_buf fault_return;
@@ -391,30 +428,58 @@ inline bool without_fault(const std::function<void()>& run) {
 }
 }  // namespace detail
 
+// Turns in which every block that is left does nothing but wait: then it does for ever.
+inline constexpr int kIdleRounds = 100'000;
+
+// Runs blocks that are in flight together to their ends.
+inline void run_together(std::span<Block*> blocks, uint64_t& seed, const char* idle_for_ever) {
+  for (int idle = 0; !blocks.empty();) {
+    bool moved = false;
+    permute(blocks, seed);
+    for (Block* block : blocks) moved = block->step() || moved;
+    const auto ended = std::partition(blocks.begin(), blocks.end(),
+                                      [](const Block* block) { return !block->ended(); });
+    blocks = {blocks.begin(), ended};
+    idle = moved ? 0 : idle + 1;
+    if (idle > kIdleRounds) throw Fault(idle_for_ever);
+  }
+}
+
+enum class Blocks : uint8_t { independent, cooperative };
+
 // Runs kernel() for every thread of the grid. Throws Fault.
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel,
-                   uint64_t seed = 1) {
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  std::vector<uint64_t> order(blocks);
-  for (uint64_t i = 0; i < blocks; ++i) order[i] = i;
-  for (uint64_t i = blocks; i > 1; --i) {
-    seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
-    std::swap(order[i - 1], order[(seed >> 33) % i]);
+                   uint64_t seed = 1, Blocks kind = Blocks::independent) {
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  for (uint64_t i = 0; i < order.size(); ++i) order[i] = i;
+  permute<uint64_t>(order, seed);
+  const size_t in_flight = kind == Blocks::cooperative ? order.size() : 1;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<Block*> together;
+  for (size_t i = 0; i < in_flight; ++i) {
+    blocks.push_back(std::make_unique<Block>(grid, block, shared_bytes));
+    together.push_back(blocks.back().get());
   }
-  Block state(grid, block, shared_bytes);
   const bool clean = detail::without_fault([&] {
-    for (const uint64_t i : order) {
-      state.block_index = {static_cast<unsigned>(i % grid.x),
-                           static_cast<unsigned>(i / grid.x % grid.y),
-                           static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
-      state.run(kernel, seed ^ i);
+    for (size_t first = 0; first < order.size(); first += in_flight) {
+      for (size_t k = 0; k < in_flight; ++k) {
+        const uint64_t i = order[first + k];
+        blocks[k]->block_index = {static_cast<unsigned>(i % grid.x),
+                                  static_cast<unsigned>(i / grid.x % grid.y),
+                                  static_cast<unsigned>(i / (uint64_t{grid.x} * grid.y))};
+        blocks[k]->start(kernel, seed ^ i);
+      }
+      run_together(together, seed,
+                   kind == Blocks::cooperative
+                       ? "blocks wait for each other for ever"
+                       : "a block waits for another, but the launch is not cooperative");
     }
   });
   if (clean) return;
-  const uint3 at = state.block_index;
-  Block::current = nullptr;
-  throw Fault("an access outside every buffer [block " + std::to_string(at.x) + "," +
-              std::to_string(at.y) + " thread " + std::to_string(state.lane().index) + "]");
+  Block& at = *std::exchange(Block::current, nullptr);
+  throw Fault("an access outside every buffer [block " + std::to_string(at.block_index.x) + "," +
+              std::to_string(at.block_index.y) + " thread " + std::to_string(at.lane().index) +
+              "]");
 }
 
 // Bits of a value that a warp operation moves; 8 bytes at most, as on the device.
@@ -533,6 +598,10 @@ inline int __popc(unsigned x) {
   return __builtin_popcount(x);
 }
 inline void __threadfence() {}
+// Where a lane that waits for others lets them run.
+inline void __nanosleep(unsigned) {
+  simt::Block::current->give_way();
+}
 template <typename T>
 T __ldg(const T* p) {
   return *p;

@@ -19,9 +19,10 @@ float warp_sum(float value) {
   return value;
 }
 
-std::string fault_of(const std::function<void()>& kernel, dim3 block = 64) {
+std::string fault_of(const std::function<void()>& kernel, dim3 grid = 1,
+                     simt::Blocks kind = simt::Blocks::independent) {
   try {
-    run(1, block, kernel);
+    simt::launch(grid, 64, 1024, kernel, 1, kind);
   } catch (const simt::Fault& fault) {
     return fault.what();
   }
@@ -109,6 +110,71 @@ TEST_CASE("misuse is a fault") {
         std::string::npos);
   data.data()[-1] = 3;
   CHECK_THROWS_AS(data.check(), simt::Fault);
+  const auto dynamic = [] { return static_cast<float*>(simt::Block::current->dynamic_shared()); };
+  CHECK(fault_of([&] { dynamic()[256 + threadIdx.x] = 1; }).find("outside every buffer") !=
+        std::string::npos);
+  CHECK(fault_of([&] { dynamic()[-1] = 1; }) ==
+        "a write before the start of dynamic shared memory");
+}
+
+TEST_CASE("blocks of a cooperative launch wait for each other") {
+  constexpr unsigned kBlocks = 5, kThreads = 96;
+  simt::Buffer<unsigned> arrived(1, "arrived"), values(kBlocks * kThreads, "values"),
+      out(kBlocks * kThreads, "out");
+  for (const uint64_t seed : {1, 2, 3}) {
+    arrived.fill(0);
+    values.fill(0);
+    simt::launch(
+        kBlocks, kThreads, 4 * kThreads,
+        [&] {
+          // Shared memory is a block's own while others are at work.
+          auto* shared = static_cast<unsigned*>(simt::Block::current->dynamic_shared());
+          const unsigned self = blockIdx.x * kThreads + threadIdx.x;
+          shared[threadIdx.x] = self;
+          values.data()[self] = self + 1;
+          __syncthreads();
+          if (threadIdx.x == 0) {
+            atomicAdd(arrived.data(), 1U);
+            while (*static_cast<volatile unsigned*>(arrived.data()) != kBlocks) __nanosleep(1);
+          }
+          __syncthreads();
+          unsigned sum = shared[(threadIdx.x + 1) % kThreads];
+          for (unsigned b = 0; b < kBlocks; ++b) sum += values.data()[b * kThreads + threadIdx.x];
+          out.data()[self] = sum;
+        },
+        seed, simt::Blocks::cooperative);
+    size_t wrong = 0;
+    for (unsigned i = 0; i < kBlocks * kThreads; ++i) {
+      const unsigned thread = i % kThreads;
+      const unsigned sum = kBlocks * (thread + 1) + kThreads * kBlocks * (kBlocks - 1) / 2;
+      wrong += out[i] != sum + i - thread + (thread + 1) % kThreads;
+    }
+    CHECK(wrong == 0);
+  }
+}
+
+TEST_CASE("blocks that wait for ever are a fault") {
+  simt::Buffer<unsigned> arrived(std::vector<unsigned>{0}, "arrived");
+  const auto wait_for = [&](unsigned blocks) {
+    if (threadIdx.x == 0) {
+      atomicAdd(arrived.data(), 1U);
+      while (*static_cast<volatile unsigned*>(arrived.data()) < blocks) __nanosleep(1);
+    }
+    __syncthreads();
+  };
+  CHECK(fault_of([&] { wait_for(2); }, 2, simt::Blocks::cooperative) == "none");
+  arrived.fill(0);
+  CHECK(fault_of([&] { wait_for(3); }, 2, simt::Blocks::cooperative) ==
+        "blocks wait for each other for ever");
+  arrived.fill(0);
+  CHECK(fault_of([&] { wait_for(2); }, 2) ==
+        "a block waits for another, but the launch is not cooperative");
+  // A lane may wait for another of its block.
+  arrived.fill(0);
+  CHECK(fault_of([&] {
+          if (threadIdx.x == 40) arrived.data()[0] = 1;
+          while (*static_cast<volatile unsigned*>(arrived.data()) == 0) __nanosleep(1);
+        }) == "none");
 }
 
 TEST_CASE("shared memory starts as NaN in every block") {
