@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <optional>
 #include <string_view>
@@ -82,12 +83,14 @@ struct Work {
   bool splits = false;     // its output is read on both lanes
   bool merges = false;     // its residual comes from the other lane
   bool pooled = false;     // a batch-norm whose output only a max-pool reads, which then makes it
+  // A batch-norm by one kernel keeps what it reads of this many rows; by two if there is none.
+  std::optional<int> kept_forward, kept_backward;
   int weight = -1, bias = -1;  // indices of its parameters
   ConvolutionPlan* forward = nullptr;
   ConvolutionPlan* forward_with_sums = nullptr;  // where cuDNN has one and a batch-norm follows
   ConvolutionPlan* data = nullptr;
   ConvolutionPlan* weights = nullptr;
-  float* sums = nullptr;  // of the convolution's output, where they come with it: also its norm's
+  float* sums = nullptr;  // of the convolution's output, where they come with it
   BatchNorm norm{};
   BatchNormGradient norm_gradient{};
   uint8_t* where = nullptr;      // max_pool
@@ -158,10 +161,12 @@ class NetworkOf : public TrainingNetwork {
         convolutions_(libraries.cudnn,
                       {.deterministic = deterministic, .device = device_and_driver()}),
         cublas_lt_(libraries.cublas_lt),
+        cooperative_(cooperative_limits()),
         tensors_(training_tensors(nodes_)) {
     if (scales()) tensors_.push_back({kLossScale, {2}, TensorRole::optimizer});
     plan_outputs();
     work_.resize(nodes_.size());
+    plan_pooled();
     for (size_t i = 0; i < nodes_.size(); ++i) plan_work(i);
     for (size_t i = 0; i < nodes_.size(); ++i) plan_lanes(i);
   }
@@ -208,6 +213,9 @@ class NetworkOf : public TrainingNetwork {
       BatchNormScratch& scratch = memory_[static_cast<size_t>(lane)].scratch;
       scratch.values = arena.take<float>(scratch_values);
       scratch.arrivals = arena.take<unsigned>(scratch_arrivals);
+      // Two on each multiprocessor, as on an H100, so that all of them have a place at once.
+      if (const int count = cooperative_.multiprocessors; count > 0)
+        scratch.blocks = std::min(kReductionBlocks, 2 * int64_t{count});
     }
   }
 
@@ -222,7 +230,7 @@ class NetworkOf : public TrainingNetwork {
       if (work.data != nullptr) work.data->choose(data_maps(i), stream_);
     }
     for (size_t i = 0; i < nodes_.size(); ++i)
-      if (nodes_[i].op == Op::batch_norm) choose_statistics(i);
+      if (nodes_[i].op == Op::batch_norm) choose_norm(i);
     write_tables();
     choose_lanes();
     run_forward();
@@ -432,7 +440,8 @@ class NetworkOf : public TrainingNetwork {
         // In fp16, the one type that cuDNN has them for on Hopper. Which is faster may differ from
         // run to run, and with it the bits.
         const Node& before = nodes_[static_cast<size_t>(node.input)];
-        if (before.op == Op::convolution && precision_ == Precision::fp16 && !deterministic_) {
+        if (before.op == Op::convolution && precision_ == Precision::fp16 && !deterministic_ &&
+            !work.pooled) {
           work_[static_cast<size_t>(node.input)].forward_with_sums = convolutions_.find_plan(
               convolution_shape(before, batch_, precision_), ConvolutionPass::forward_with_sums);
         }
@@ -448,18 +457,20 @@ class NetworkOf : public TrainingNetwork {
       case Op::max_pool:
         if (node.kernel != 3 || node.stride != 2 || node.padding != 1)
           refuse(node, "only max-pools of 3x3, stride 2 and padding 1 are written.");
-        plan_pooled(node);
         break;
       case Op::global_average_pool:
         break;
     }
   }
 
-  void plan_pooled(const Node& pool) {
-    const auto from = static_cast<size_t>(pool.input);
-    const Node& norm = nodes_[from];
-    work_[from].pooled = norm.op == Op::batch_norm && norm.activation == Activation::relu &&
-                         norm.residual < 0 && outputs_[from].readers == 1;
+  void plan_pooled() {
+    for (const Node& pool : nodes_) {
+      if (pool.op != Op::max_pool) continue;
+      const auto from = static_cast<size_t>(pool.input);
+      const Node& norm = nodes_[from];
+      work_[from].pooled = norm.op == Op::batch_norm && norm.activation == Activation::relu &&
+                           norm.residual < 0 && outputs_[from].readers == 1;
+    }
   }
 
   // Where node i adds what a chain of convolutions and batch-norms of its own brings, that chain
@@ -615,11 +626,7 @@ class NetworkOf : public TrainingNetwork {
           run_convolution(i);
           break;
         case Op::batch_norm:
-          if (outputs_[i].vector) {
-            run_batch_norm<float>(i);
-          } else {
-            run_batch_norm<T>(i);
-          }
+          run_batch_norm(i);
           break;
         case Op::max_pool:
           run_max_pool(i);
@@ -659,11 +666,7 @@ class NetworkOf : public TrainingNetwork {
           if (work.data != nullptr) work.data->run(data_maps(i), stream_of(work.lane));
           break;
         case Op::batch_norm:
-          if (outputs_[i].vector) {
-            run_batch_norm_backward<float>(i);
-          } else {
-            run_batch_norm_backward<T>(i);
-          }
+          run_batch_norm_backward(i);
           break;
         case Op::max_pool:
           max_pool_backward(pool_shape(node), static_cast<const T*>(work.dy[0].values),
@@ -726,42 +729,73 @@ class NetworkOf : public TrainingNetwork {
         ->run(forward_maps(i), stream_of(work.lane));
   }
 
-  // Statistics of batch-norm i's input.
-  template <typename N>
-  void run_statistics(size_t i) {
-    const Work& work = work_[i];
-    const float* sums = work_[static_cast<size_t>(nodes_[i].input)].sums;
-    if (sums != nullptr) {
-      batch_statistics_from_sums(work.norm, sums, stream_of(work.lane).get());
-    } else {
-      batch_statistics(work.norm, static_cast<const N*>(input_of(i)), memory_of(work.lane).scratch,
-                       stream_of(work.lane).get());
+  using Way = std::function<void()>;
+
+  // Takes the way by which `run` is the fastest. The first one always works.
+  void take_fastest(const std::vector<Way>& ways, const std::function<void()>& run) {
+    size_t best = 0;
+    double best_time = std::numeric_limits<double>::infinity();
+    for (size_t way = 0; way < ways.size(); ++way) {
+      try {
+        ways[way]();
+        const double time = TimedWork(stream_, run).median_milliseconds();
+        if (time >= best_time) continue;
+        best = way;
+        best_time = time;
+      } catch (const Error& error) {
+        // As in ConvolutionPlan::choose(): there is another way to the same result.
+        if (way == 0 || std::string_view(error.code()) != codes::kBackend) throw;
+      }
     }
+    ways[best]();
   }
 
-  // Whether batch-norm i's statistics come with the convolution before it or from its output:
-  // whichever is faster, the two kernels together.
-  void choose_statistics(size_t i) {
+  // How batch-norm i runs: by two kernels each way, by one, or forward from sums that come with the
+  // convolution before it, which is timed with it.
+  void choose_norm(size_t i) {
+    if (deterministic_) return;
+    Work& work = work_[i];
     const auto from = static_cast<size_t>(nodes_[i].input);
-    Work& convolution = work_[from];
-    if (convolution.forward_with_sums == nullptr) return;
-    const auto time = [&] {
-      const TimedWork work(stream_, [&] {
-        run_convolution(from);
-        run_statistics<T>(i);
-      });
-      return work.median_milliseconds();
+    Work& before = work_[from];
+    float* const sums = before.sums;
+    const auto [forward_rows, backward_rows] =
+        outputs_[i].vector ? rows_to_keep<float>(i) : rows_to_keep<T>(i);
+    const auto forward_by = [&](float* from_sums, std::optional<int> kept) -> Way {
+      return [&, from_sums, kept] {
+        if (from_sums != nullptr) before.forward_with_sums->choose(forward_maps(from), stream_);
+        before.sums = from_sums;
+        work.kept_forward = kept;
+      };
     };
-    double with_sums = std::numeric_limits<double>::infinity();
-    try {
-      convolution.forward_with_sums->choose(forward_maps(from), stream_);
-      with_sums = time();
-    } catch (const Error& error) {
-      // As in ConvolutionPlan::choose(): there is another way to the same statistics.
-      if (std::string_view(error.code()) != codes::kBackend) throw;
+    std::vector<Way> forward{forward_by(nullptr, {})};
+    if (forward_rows) forward.push_back(forward_by(nullptr, forward_rows));
+    if (sums != nullptr) forward.push_back(forward_by(sums, {}));
+    take_fastest(forward, [&] {
+      if (before.forward != nullptr) run_convolution(from);
+      run_batch_norm(i);
+    });
+
+    std::vector<Way> backward{[&] { work.kept_backward.reset(); }};
+    if (backward_rows) backward.emplace_back([&] { work.kept_backward = backward_rows; });
+    take_fastest(backward, [&] { run_batch_norm_backward(i); });
+  }
+
+  // Of batch-norm i forward and backward, where one kernel may do it. Blocks that wait for each
+  // other hold their places meanwhile, so that no two such kernels should run at once: those of the
+  // main lane follow each other.
+  template <typename N>
+  std::pair<std::optional<int>, std::optional<int>> rows_to_keep(size_t i) const {
+    const Node& node = nodes_[i];
+    const Work& work = work_[i];
+    if (work.lane != Lane::main) return {};
+    const BatchNormScratch& scratch = memory_[0].scratch;
+    std::optional<int> forward;
+    if (!work.pooled) {
+      forward = forward_rows_to_keep<N>(cooperative_, work.norm.rows, work.norm.channels, scratch);
     }
-    float* sums = std::exchange(convolution.sums, nullptr);
-    if (with_sums < time()) convolution.sums = sums;
+    return {forward, backward_rows_to_keep<N>(cooperative_, work.norm.rows, work.norm.channels,
+                                              node.activation == Activation::relu,
+                                              node.residual >= 0, scratch)};
   }
 
   void run_max_pool(size_t i) {
@@ -777,29 +811,63 @@ class NetworkOf : public TrainingNetwork {
     }
   }
 
-  template <typename N>
   void run_batch_norm(size_t i) {
-    const Node& node = nodes_[i];
-    run_statistics<N>(i);
-    if (work_[i].pooled) return;
-    const void* residual =
-        node.residual < 0 ? nullptr : outputs_[static_cast<size_t>(node.residual)].values;
-    batch_norm_forward(work_[i].norm, static_cast<const N*>(input_of(i)),
-                       static_cast<const N*>(residual), static_cast<N*>(outputs_[i].values),
-                       node.activation == Activation::relu, stream_of(work_[i].lane).get());
+    if (outputs_[i].vector) {
+      run_batch_norm_of<float>(i);
+    } else {
+      run_batch_norm_of<T>(i);
+    }
+  }
+  void run_batch_norm_backward(size_t i) {
+    if (outputs_[i].vector) {
+      run_batch_norm_backward_of<float>(i);
+    } else {
+      run_batch_norm_backward_of<T>(i);
+    }
   }
 
   template <typename N>
-  void run_batch_norm_backward(size_t i) {
+  void run_batch_norm_of(size_t i) {
     const Node& node = nodes_[i];
     const Work& work = work_[i];
+    const auto* x = static_cast<const N*>(input_of(i));
+    const auto* residual = static_cast<const N*>(
+        node.residual < 0 ? nullptr : outputs_[static_cast<size_t>(node.residual)].values);
+    auto* y = static_cast<N*>(outputs_[i].values);
+    const bool relu = node.activation == Activation::relu;
+    const BatchNormScratch& scratch = memory_of(work.lane).scratch;
+    const cudaStream_t stream = stream_of(work.lane).get();
+    if (const float* sums = work_[static_cast<size_t>(node.input)].sums; sums != nullptr) {
+      batch_norm_forward_from_sums(work.norm, sums, x, residual, y, relu, stream);
+    } else if (work.kept_forward && one_kernel_) {
+      batch_norm_forward_whole(work.norm, *work.kept_forward, x, residual, y, relu, scratch,
+                               stream);
+    } else {
+      batch_statistics(work.norm, x, scratch, stream);
+      if (!work.pooled) batch_norm_forward(work.norm, x, residual, y, relu, stream);
+    }
+  }
+
+  template <typename N>
+  void run_batch_norm_backward_of(size_t i) {
+    const Node& node = nodes_[i];
+    const Work& work = work_[i];
+    const auto* x = static_cast<const N*>(input_of(i));
     // Without a residual the ReLU's mask is found again from x.
-    const void* y = node.residual < 0 ? nullptr : outputs_[i].values;
-    batch_norm_backward(work.norm, work.norm_gradient, static_cast<const N*>(input_of(i)),
-                        static_cast<const N*>(y), node.activation == Activation::relu,
-                        static_cast<N*>(work.dy[0].values),
-                        static_cast<const N*>(work.dy[1].values), static_cast<N*>(work.dx.values),
-                        memory_of(work.lane).scratch, stream_of(work.lane).get());
+    const auto* y = static_cast<const N*>(node.residual < 0 ? nullptr : outputs_[i].values);
+    auto* dy = static_cast<N*>(work.dy[0].values);
+    const auto* dy_other = static_cast<const N*>(work.dy[1].values);
+    auto* dx = static_cast<N*>(work.dx.values);
+    const bool relu = node.activation == Activation::relu;
+    const BatchNormScratch& scratch = memory_of(work.lane).scratch;
+    const cudaStream_t stream = stream_of(work.lane).get();
+    if (work.kept_backward && one_kernel_) {
+      batch_norm_backward_whole(work.norm, work.norm_gradient, *work.kept_backward, x, y, relu, dy,
+                                dy_other, dx, scratch, stream);
+    } else {
+      batch_norm_backward(work.norm, work.norm_gradient, x, y, relu, dy, dy_other, dx, scratch,
+                          stream);
+    }
   }
 
   // ---- Lanes ----
@@ -828,22 +896,21 @@ class NetworkOf : public TrainingNetwork {
   }
 
   // Whether the lanes run beside each other, which changes no bit: large maps may fill the GPU one
-  // by one, and then only take each other's place in its caches.
+  // by one, and then only take each other's place in its caches. And whether batch-norms that are
+  // faster as one kernel stay so: all its blocks need a place at once, which other lanes may hold.
   void choose_lanes() {
-    const auto time = [&](bool beside) {
-      beside_ = beside;
-      const TimedWork work(stream_, [&] {
-        run_forward();
-        run_backward();
-      });
-      return work.median_milliseconds();
+    const auto lanes = [this](bool beside, bool one_kernel) -> Way {
+      return [=, this] {
+        beside_ = beside;
+        one_kernel_ = one_kernel;
+      };
     };
-    if (deterministic_) {
-      beside_ = true;
-    } else {
-      const double in_turn = time(false);
-      beside_ = time(true) < in_turn;
-    }
+    lanes(true, true)();
+    if (deterministic_) return;
+    take_fastest({lanes(true, true), lanes(false, true), lanes(true, false)}, [this] {
+      run_forward();
+      run_backward();
+    });
   }
 
   PoolShape pool_shape(const Node& node) const {
@@ -918,6 +985,7 @@ class NetworkOf : public TrainingNetwork {
   std::array<SideStream, kLanes - 1> sides_;
   Convolutions convolutions_;
   CublasLt cublas_lt_;
+  CooperativeLimits cooperative_;
   std::optional<Products> products_;
   std::vector<TensorInfo> tensors_;
   std::vector<Output> outputs_;  // by node, as the two below
@@ -931,6 +999,7 @@ class NetworkOf : public TrainingNetwork {
   LossScale* loss_scale_ = nullptr;
   std::array<LaneMemory, kLanes> memory_{};
   bool beside_ = false;
+  bool one_kernel_ = true;
 };
 
 }  // namespace

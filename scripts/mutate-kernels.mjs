@@ -242,7 +242,7 @@ const BUGS = [
     bug: 'batch-norm: the mean of squares taken for the variance, of sums that came with the map',
     unit: 'network',
     file: 'cuda/kernels/batch_norm.cuh',
-    from: 'squares.at[i] = positive(static_cast<float>(squares.at[i] - sum * average));',
+    from: 'squares.at[i] = positive(static_cast<float>(squares.at[i] - sum * sum * share));',
     to: '',
   },
   {

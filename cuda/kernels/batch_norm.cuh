@@ -12,8 +12,10 @@
 // channels; one applies. Deviations are summed from the block's first row, and the blocks' means
 // and squared deviations are merged around the first block's mean, so that nothing cancels however
 // large the mean is. The mean is subtracted from x before the scale is applied, for the same
-// reason. Where the convolution before it has already summed x and x^2 over the map, in the kernel
-// that wrote it, the first kernel forward is one of a few threads that finishes the channels; then
+// reason.
+//
+// One kernel forward, where the convolution before it has already summed x and x^2 over the map in
+// the kernel that wrote it: every thread finishes its channels itself. Then
 // variance = mean(x^2) - mean^2, which cancels where a mean is thousands of deviations wide.
 //
 // Or one kernel each way, where the device holds all its blocks at once (cooperative.cuh): the
@@ -122,7 +124,7 @@ struct AffineValues {
 // registers for.
 inline constexpr int kRowsInFlight = 4;
 inline constexpr int kGradientRowsInFlight = 2;  // of up to four maps
-inline constexpr int kWholeRowsInFlight = 2;     // where a kernel that has reduced also applies
+inline constexpr int kWholeRowsInFlight = 2;     // where a kernel also finishes its channels
 
 enum class Order : uint8_t { rising, falling };
 
@@ -153,6 +155,18 @@ __device__ inline float positive(float x) {
   return x < 0.0F ? 0.0F : x;
 }
 
+// r, from squared deviations over all rows.
+template <int width>
+__device__ Pack<float, width> inverse_deviations(const BatchNorm& norm,
+                                                 const Pack<float, width>& squares) {
+  Pack<float, width> inverse;
+#pragma unroll
+  for (int i = 0; i < width; ++i)
+    inverse.at[i] = 1.0F / sqrtf(squares.at[i] / static_cast<float>(norm.rows) +
+                                 static_cast<float>(kBatchNormEpsilon));
+  return inverse;
+}
+
 // What the forward and the backward pass want of neighbouring channels, from their means and
 // squared deviations over all rows.
 template <int width>
@@ -163,13 +177,13 @@ __device__ void finish_channels(const BatchNorm& norm, int64_t channel,
   // All loads before the first store, which they could otherwise not pass.
   Pack<float, width> running_mean = load<width>(norm.running_mean + channel);
   Pack<float, width> running_variance = load<width>(norm.running_variance + channel);
-  Pack<float, width> scale, inverse;
+  const Pack<float, width> inverse = inverse_deviations(norm, squares);
+  Pack<float, width> scale;
 #pragma unroll
   for (int i = 0; i < width; ++i) scale.at[i] = 1;
   if (norm.gamma != nullptr) scale = load<width>(norm.gamma + channel);
 #pragma unroll
   for (int i = 0; i < width; ++i) {
-    inverse.at[i] = 1.0F / sqrtf(squares.at[i] / count + static_cast<float>(kBatchNormEpsilon));
     scale.at[i] *= inverse.at[i];
     running_mean.at[i] = fmaf(kMomentum, mean.at[i] - running_mean.at[i], running_mean.at[i]);
     running_variance.at[i] = fmaf(
@@ -269,25 +283,6 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   if (threadIdx.x == 0) arrivals[blockIdx.x] = 0;
 }
 
-// The same from sums [2, channels] of x and of x^2; a thread has `width` channels.
-template <int width>
-__global__ void __launch_bounds__(kTileThreads)
-    statistics_from_sums_kernel(BatchNorm norm, const float* __restrict__ sums) {
-  const int64_t channel = (int64_t{blockIdx.x} * kTileThreads + threadIdx.x) * width;
-  if (channel >= norm.channels) return;
-  Pack<float, width> mean = load<width>(sums + channel);
-  Pack<float, width> squares = load<width>(sums + norm.channels + channel);
-#pragma unroll
-  for (int i = 0; i < width; ++i) {
-    // In double, so that nothing but the sums' own rounding is lost.
-    const double sum = mean.at[i];
-    const double average = sum / static_cast<double>(norm.rows);
-    squares.at[i] = positive(static_cast<float>(squares.at[i] - sum * average));
-    mean.at[i] = static_cast<float>(average);
-  }
-  finish_channels(norm, channel, mean, squares);
-}
-
 // y = activation(scale (x - mean) + shift + residual) of the rows of `at`; row(offset) gives x.
 template <int in_flight, Order order = Order::rising, typename T, int width, typename Row>
 __device__ void affine_rows(const AffineValues<width>& map, const Tiling& t, const Place& at,
@@ -320,6 +315,34 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   affine_rows<kRowsInFlight>(
       AffineValues<width>(affine, at.channel), t, at,
       [&](int64_t offset) { return load<width>(x + offset); }, residual, y, relu);
+}
+
+// Statistics from sums [2, channels] of x and of x^2, and y. The blocks of the first rows store
+// what the backward pass wants.
+template <typename T, int width>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    batch_norm_from_sums_kernel(BatchNorm norm, Tiling t, const float* __restrict__ sums,
+                                const T* x, const T* residual, T* y, bool relu) {
+  const Place at = place_in<width>(t);
+  if (!at.active) return;
+  Pack<float, width> mean = load<width>(sums + at.channel);
+  Pack<float, width> squares = load<width>(sums + t.channels + at.channel);
+  const double share = 1.0 / static_cast<double>(t.rows);
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    // In double, so that nothing but the sums' own rounding is lost.
+    const double sum = mean.at[i];
+    squares.at[i] = positive(static_cast<float>(squares.at[i] - sum * sum * share));
+    mean.at[i] = static_cast<float>(sum * share);
+  }
+  if (blockIdx.y == 0 && at.lane == 0) finish_channels(norm, at.channel, mean, squares);
+  AffineValues<width> map({nullptr, norm.gamma, norm.beta}, at.channel);
+  const Pack<float, width> inverse = inverse_deviations(norm, squares);
+  map.mean = mean;
+#pragma unroll
+  for (int i = 0; i < width; ++i) map.scale.at[i] *= inverse.at[i];
+  affine_rows<kWholeRowsInFlight>(
+      map, t, at, [&](int64_t offset) { return load<width>(x + offset); }, residual, y, relu);
 }
 
 // Where a thread keeps what it has loaded of its first rows, in the order of the calls of next(). A
@@ -592,8 +615,7 @@ void apply_affine(const Affine& affine, int64_t rows, int64_t channels, const T*
   });
 }
 
-// What the batch says of each channel, which also moves the running statistics: from the map, or
-// from the sums of x and of x^2 [2, channels].
+// What the batch says of each channel, which also moves the running statistics.
 template <typename T>
 void batch_statistics(const BatchNorm& norm, const T* x, const BatchNormScratch& scratch,
                       cudaStream_t stream) {
@@ -604,23 +626,25 @@ void batch_statistics(const BatchNorm& norm, const T* x, const BatchNormScratch&
            scratch.arrivals);
   });
 }
-inline void batch_statistics_from_sums(const BatchNorm& norm, const float* sums,
-                                       cudaStream_t stream) {
-  with_vector_width<float>(norm.channels, [&](auto width) {
-    constexpr int64_t kBlockChannels = int64_t{kTileThreads} * width();
-    const int64_t blocks = (norm.channels + kBlockChannels - 1) / kBlockChannels;
-    launch("statistics_from_sums", &statistics_from_sums_kernel<width()>,
-           static_cast<unsigned>(blocks), kTileThreads, stream, norm, sums);
-  });
-}
 
-// By the statistics that one of the two above has left in `norm`. y may be the residual, not x,
-// which the backward pass reads.
+// By the statistics that batch_statistics() has left in `norm`. y may be the residual, not x, which
+// the backward pass reads.
 template <typename T>
 void batch_norm_forward(const BatchNorm& norm, const T* x, const T* residual, T* y, bool relu,
                         cudaStream_t stream) {
   apply_affine({norm.mean, norm.scale, norm.beta}, norm.rows, norm.channels, x, residual, y, relu,
                stream);
+}
+
+// Both at once from the sums of x and of x^2 [2, channels].
+template <typename T>
+void batch_norm_forward_from_sums(const BatchNorm& norm, const float* sums, const T* x,
+                                  const T* residual, T* y, bool relu, cudaStream_t stream) {
+  with_vector_width<T>(norm.channels, [&](auto width) {
+    const Tiling t = tile<width()>(norm.rows, norm.channels, kElementBlocks);
+    launch("batch_norm_from_sums", &batch_norm_from_sums_kernel<T, width()>, t.grid(), kTileThreads,
+           stream, norm, t, sums, x, residual, y, relu);
+  });
 }
 
 // Calls run(std::integral_constant<ReluMask, mask>).

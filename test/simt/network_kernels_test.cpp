@@ -425,39 +425,50 @@ TEST_CASE("batch-norm in one kernel: how many rows fit, and whether the blocks d
 }
 #endif
 
-TEST_CASE("batch-norm: statistics from sums that came with the map") {
-  for (const Shape& s : {Shape{2, 8}, Shape{7, 25}, Shape{100, 1500}}) {
-    for (const bool fixed_scale : {false, true}) {
+TEST_CASE_TEMPLATE("batch-norm: forward from sums over the map", T, OPERAND_TYPES) {
+  for (const Shape& s : {Shape{2, 8}, Shape{7, 25}, Shape{100, 136}}) {
+    for (const NormCase& c :
+         {NormCase{true, true, false, false}, NormCase{false, false, false, true}}) {
       CAPTURE(s.rows);
       CAPTURE(s.channels);
-      NormFixture<float> f(s, fixed_scale);
-      Vector x = normal(s.count(), 13, 1, 2), sums(2 * s.width());
-      for (size_t i = 0; i < s.count(); i += s.width()) x[i] = 0.25;  // one that does not vary
+      CAPTURE(c.relu);
+      NormFixture<T> f(s, c.fixed_scale);
+      Vector values = normal(s.count(), 13, 1, 2), sums(2 * s.width());
+      for (size_t i = 0; i < s.count(); i += s.width()) values[i] = 0.25;  // one that does not vary
+      Array<T> x(values, "x"), residual(normal(s.count(), 2), "residual"), y(s.count(), "y");
+      const Vector x_values = values_of(x), residual_values = values_of(residual);
       for (size_t i = 0; i < s.count(); ++i) {
-        sums[i % s.width()] += x[i];
-        sums[s.width() + i % s.width()] += x[i] * x[i];
+        sums[i % s.width()] += x_values[i];
+        sums[s.width() + i % s.width()] += x_values[i] * x_values[i];
       }
       Array<float> given(sums, "sums");
-      cuda::batch_statistics_from_sums(f.norm(), given.data(), nullptr);
-      const NormReference r =
-          reference_norm(s, x, f.gamma_or_null(), f.beta_values, nullptr, false);
+      cuda::batch_norm_forward_from_sums<T>(f.norm(), given.data(), x.data(),
+                                            c.residual ? residual.data() : nullptr, y.data(),
+                                            c.relu, nullptr);
+      const NormReference r = reference_norm(s, x_values, f.gamma_or_null(), f.beta_values,
+                                             c.residual ? &residual_values : nullptr, c.relu);
       const auto n = static_cast<double>(s.rows);
       Vector inverse, scale, running_mean, running_variance;
-      for (size_t c = 0; c < s.width(); ++c) {
-        inverse.push_back(1 / std::sqrt(r.variance[c] + 1e-5));
-        scale.push_back(inverse[c] * (fixed_scale ? 1 : f.gamma_values[c]));
-        running_mean.push_back(0.1 * r.mean[c]);
-        running_variance.push_back(0.9 + 0.1 * r.variance[c] * n / (n - 1));
+      double largest_scale = 1;
+      for (size_t k = 0; k < s.width(); ++k) {
+        inverse.push_back(1 / std::sqrt(r.variance[k] + 1e-5));
+        scale.push_back(inverse[k] * (c.fixed_scale ? 1 : f.gamma_values[k]));
+        largest_scale = std::max(largest_scale, std::abs(scale[k]));
+        running_mean.push_back(0.1 * r.mean[k]);
+        running_variance.push_back(0.9 + 0.1 * r.variance[k] * n / (n - 1));
       }
       // Each sum is rounded to fp32: 6e-8 of mean^2, which is some ten times the least variance
       // that two rows have here, and half of that in 1 / deviation.
+      const double of_scale = s.rows == 2 ? 1e-2 : 1e-6;
       check_close(values_of(f.mean), r.mean, 1e-6, 1e-6, "mean");
-      check_close(values_of(f.inverse), inverse, s.rows == 2 ? 1e-2 : 1e-6, 0, "inverse deviation");
-      check_close(values_of(f.scale), scale, s.rows == 2 ? 1e-2 : 1e-6, 0, "scale");
+      check_close(values_of(f.inverse), inverse, of_scale, 0, "inverse deviation");
+      check_close(values_of(f.scale), scale, of_scale, 0, "scale");
       check_close(values_of(f.running_mean), running_mean, 1e-6, 1e-6, "running mean");
       check_close(values_of(f.running_variance), running_variance, 1e-6, 0, "running variance");
+      check_close(values_of(y), r.y, kRounding<T> + of_scale,
+                  8 * kSumError * largest_scale + of_scale, "y");
       f.check();
-      check_guards(given);
+      check_guards(given, x, residual, y);
     }
   }
 }

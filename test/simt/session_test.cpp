@@ -54,7 +54,8 @@ std::string error_of(const std::function<void()>& f, const char* code) {
 // operand of some ten layers, bf16 4e-3; of the ReLU and maximum decisions some then fall
 // otherwise, each of which replaces its share of a gradient: at most 0.31 of the norm is measured
 // in bf16, for a batch-norm over 20 values a channel. A wrong term is an error of about 1.
-// Without determinism the fakes' last bits are noise, twice the rounding.
+// Without determinism the fakes' last bits are noise, twice the rounding: of ten seeds, two have an
+// error of 0.005, seven of 0.16 and one of 0.34, as no, one or two decisions fall otherwise.
 struct Tolerance {
   Precision precision;
   bool deterministic;
@@ -62,7 +63,7 @@ struct Tolerance {
 };
 constexpr Tolerance kTolerances[] = {{Precision::fp32, true, 1e-5, 1e-4},
                                      {Precision::fp16, true, 4e-3, 0.06},
-                                     {Precision::fp16, false, 4e-3, 0.2},
+                                     {Precision::fp16, false, 4e-3, 0.4},
                                      {Precision::bf16, true, 0.03, 0.4}};
 
 // The same images every time.
@@ -422,7 +423,8 @@ TEST_CASE("CUDA: statistics come with the convolution where that is faster, and 
           if (session->engines().find("; " + node.name + " with sums") != std::string::npos)
             ++with_sums;
         const bool wanted = precision == Precision::fp16 && !deterministic && microseconds == 4.0;
-        CHECK(with_sums == (wanted ? 6 : 0));  // every convolution but none else
+        CHECK(with_sums ==
+              (wanted ? 5 : 0));  // every convolution's but the stem's, which is pooled
       }
     }
   }
