@@ -240,12 +240,24 @@ Convolutions::Handle Convolutions::make_handle() const {
   return {handle, cudnn_.destroy};
 }
 
-cudnn::Handle Convolutions::handle_of(const Stream& stream) {
-  const auto found = stream_handles_.find(stream.get());
-  if (found != stream_handles_.end()) return found->second.get();
+void Convolutions::prepare(const Stream& stream) {
+  if (stream_handles_.contains(stream.get())) return;
   Handle handle = make_handle();
   check(cudnn_, cudnn_.set_stream(handle.get(), stream.get()), "cudnnSetStream");
-  return stream_handles_.emplace(stream.get(), std::move(handle)).first->second.get();
+  stream_handles_.emplace(stream.get(), std::move(handle));
+}
+
+std::string Convolutions::cache_key(const std::string& what) const {
+  return "cuDNN " + version_text(cudnn_.get_version()) + "; " + choice_.device + "; " +
+         (tf32_ ? "" : "no TF32; ") + what;
+}
+
+std::string Convolutions::recall(const std::string& what) const {
+  return read_cache(cache_key(what));
+}
+
+void Convolutions::remember(const std::string& what, const std::string& way) const {
+  write_cache(cache_key(what), way);
 }
 
 ConvolutionPlan* Convolutions::find_plan(const ConvolutionShape& shape, ConvolutionPass pass) {
@@ -275,11 +287,6 @@ ConvolutionPlan::~ConvolutionPlan() = default;
 
 std::string ConvolutionPlan::describe() const {
   return cuda::describe(key_.shape, key_.pass);
-}
-
-std::string ConvolutionPlan::cache_key() const {
-  return "cuDNN " + version_text(owner_.cudnn_.get_version()) + "; " + owner_.choice_.device +
-         "; " + (owner_.tf32_ ? "" : "no TF32; ") + describe();
 }
 
 // Fills graph_ with the operations and all they are made of. False where this cuDNN knows no such
@@ -456,7 +463,7 @@ ConvolutionPlan::ConvolutionPlan(Convolutions& owner, const Convolutions::Key& k
     device_properties_->finalise("the properties of a GPU");
   }
   if (!build_graph()) return;
-  if (!owner.choice_.deterministic) wanted_ = read_cache(cache_key());
+  if (!owner.choice_.deterministic) wanted_ = owner.recall(describe());
   find_candidates();
   if (candidates_.empty() && !wanted_.empty()) {  // the cache names what is no longer offered
     wanted_.clear();
@@ -503,8 +510,9 @@ void ConvolutionPlan::run_candidate(Candidate& candidate, const ConvolutionMaps&
     candidate.packs.push_back({maps, std::move(made)});
     pack = std::prev(candidate.packs.end());
   }
-  const cudnn::Status status =
-      library.execute(owner_.handle_of(stream), candidate.plan.get(), pack->descriptor.get());
+  owner_.prepare(stream);
+  const cudnn::Status status = library.execute(owner_.stream_handles_.at(stream.get()).get(),
+                                               candidate.plan.get(), pack->descriptor.get());
   if (status != cudnn::Status::success) check(library, status, describe());
 }
 
@@ -530,7 +538,7 @@ void ConvolutionPlan::choose(const ConvolutionMaps& maps, const Stream& stream) 
   std::swap(candidates_[0], candidates_[*best]);
   candidates_.erase(candidates_.begin() + 1, candidates_.end());
   candidates_[0].packs.clear();
-  write_cache(cache_key(), id());
+  owner_.remember(describe(), id());
 }
 
 void ConvolutionPlan::run(const ConvolutionMaps& maps, const Stream& stream) {

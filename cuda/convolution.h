@@ -79,6 +79,13 @@ class Convolutions {
   ConvolutionPlan* find_plan(const ConvolutionShape& shape, ConvolutionPass pass);
   // Every plan's shape and id, in a fixed order.
   std::string engines() const;
+  // Makes what runs on `stream` need. The first run there does too, when memory may be short.
+  void prepare(const Stream& stream);
+
+  // What an earlier process, or session, has found to be the fastest way to do `what` on this GPU;
+  // empty where nothing was kept on disk.
+  std::string recall(const std::string& what) const;
+  void remember(const std::string& what, const std::string& way) const;
 
  private:
   friend class ConvolutionPlan;
@@ -89,7 +96,7 @@ class Convolutions {
   };
   using Handle = std::unique_ptr<struct cudnn::Context, cudnn::Status (*)(cudnn::Handle)>;
   Handle make_handle() const;
-  cudnn::Handle handle_of(const Stream& stream);
+  std::string cache_key(const std::string& what) const;
 
   Cudnn cudnn_;
   ConvolutionChoice choice_;
@@ -116,6 +123,8 @@ class ConvolutionPlan {
   void run(const ConvolutionMaps& maps, const Stream& stream);
   // Engine and knobs of what runs, "eng34_k2=5_k24=1".
   const std::string& id() const;
+  // Pass and shape, for messages.
+  std::string describe() const;
 
  private:
   friend class Convolutions;
@@ -127,8 +136,6 @@ class ConvolutionPlan {
   void add_candidates(cudnn::HeuristicMode mode);
   void find_candidates();
   void run_candidate(Candidate& candidate, const ConvolutionMaps& maps, const Stream& stream);
-  std::string describe() const;
-  std::string cache_key() const;
 
   Convolutions& owner_;
   Convolutions::Key key_;

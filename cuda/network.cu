@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <exception>
 #include <functional>
 #include <limits>
 #include <optional>
@@ -121,19 +122,19 @@ class GradientBuffers {
     return {buffer.memory, best};
   }
 
-  // By a node of `lane`. What the shortcut lane reads is not free for the main lane before the two
-  // meet.
+  // By a node of `lane`. What one lane reads is not free for the other before the two meet.
   void release(const Gradient& gradient, Lane lane) {
     if (gradient.buffer < 0) return;
-    if (lane == Lane::main) {
-      buffers_[static_cast<size_t>(gradient.buffer)].idle = true;
+    Buffer& buffer = buffers_[static_cast<size_t>(gradient.buffer)];
+    if (lane == buffer.lane && lane == Lane::main) {
+      buffer.idle = true;
     } else {
-      until_lanes_meet_.push_back(gradient);
+      until_lanes_meet_.push_back(gradient.buffer);
     }
   }
   void lanes_meet() {
-    for (const Gradient& gradient : std::exchange(until_lanes_meet_, {}))
-      release(gradient, Lane::main);
+    for (const int buffer : std::exchange(until_lanes_meet_, {}))
+      buffers_[static_cast<size_t>(buffer)].idle = true;
   }
 
  private:
@@ -145,7 +146,7 @@ class GradientBuffers {
   };
   Arena& arena_;
   std::vector<Buffer> buffers_;
-  std::vector<Gradient> until_lanes_meet_;
+  std::vector<int> until_lanes_meet_;
 };
 
 template <typename T>
@@ -166,6 +167,8 @@ class NetworkOf : public TrainingNetwork {
     if (scales()) tensors_.push_back({kLossScale, {2}, TensorRole::optimizer});
     plan_outputs();
     work_.resize(nodes_.size());
+    for (const Lane lane : {Lane::main, Lane::shortcut, Lane::weights})
+      convolutions_.prepare(lane == Lane::main ? stream_ : side(lane).stream());
     plan_pooled();
     for (size_t i = 0; i < nodes_.size(); ++i) plan_work(i);
     for (size_t i = 0; i < nodes_.size(); ++i) plan_lanes(i);
@@ -729,25 +732,38 @@ class NetworkOf : public TrainingNetwork {
         ->run(forward_maps(i), stream_of(work.lane));
   }
 
-  using Way = std::function<void()>;
+  // One of several ways to the same result.
+  struct Way {
+    const char* name;  // on disk
+    std::function<void()> take;
+  };
 
-  // Takes the way by which `run` is the fastest. The first one always works.
-  void take_fastest(const std::vector<Way>& ways, const std::function<void()>& run) {
-    size_t best = 0;
-    double best_time = std::numeric_limits<double>::infinity();
-    for (size_t way = 0; way < ways.size(); ++way) {
+  // Takes the way by which `run`, which does `what`, is the fastest. What was found once is kept on
+  // disk: a session that goes on is to compute as before.
+  void take_fastest(const std::string& what, const std::vector<Way>& ways,
+                    const std::function<void()>& run) {
+    const std::string known = ways.size() == 1 ? ways.front().name : convolutions_.recall(what);
+    for (const Way& way : ways)
+      if (way.name == known) return way.take();
+    const Way* best = nullptr;
+    double best_time = 0;
+    std::exception_ptr failure;
+    for (const Way& way : ways) {
       try {
-        ways[way]();
+        way.take();
         const double time = TimedWork(stream_, run).median_milliseconds();
-        if (time >= best_time) continue;
-        best = way;
+        if (best != nullptr && time >= best_time) continue;
+        best = &way;
         best_time = time;
       } catch (const Error& error) {
-        // As in ConvolutionPlan::choose(): there is another way to the same result.
-        if (way == 0 || std::string_view(error.code()) != codes::kBackend) throw;
+        // As in ConvolutionPlan::choose(): there is another way.
+        if (std::string_view(error.code()) != codes::kBackend) throw;
+        failure = std::current_exception();
       }
     }
-    ways[best]();
+    if (best == nullptr) std::rethrow_exception(failure);
+    best->take();
+    convolutions_.remember(what, best->name);
   }
 
   // How batch-norm i runs: by two kernels each way, by one, or forward from sums that come with the
@@ -760,24 +776,39 @@ class NetworkOf : public TrainingNetwork {
     float* const sums = before.sums;
     const auto [forward_rows, backward_rows] =
         outputs_[i].vector ? rows_to_keep<float>(i) : rows_to_keep<T>(i);
-    const auto forward_by = [&](float* from_sums, std::optional<int> kept) -> Way {
+    const auto forward_by = [&](float* from_sums, std::optional<int> kept) {
       return [&, from_sums, kept] {
-        if (from_sums != nullptr) before.forward_with_sums->choose(forward_maps(from), stream_);
         before.sums = from_sums;
         work.kept_forward = kept;
+        if (from_sums != nullptr) before.forward_with_sums->choose(forward_maps(from), stream_);
       };
     };
-    std::vector<Way> forward{forward_by(nullptr, {})};
-    if (forward_rows) forward.push_back(forward_by(nullptr, forward_rows));
-    if (sums != nullptr) forward.push_back(forward_by(sums, {}));
-    take_fastest(forward, [&] {
+    std::vector<Way> forward{{"two kernels", forward_by(nullptr, {})}};
+    if (forward_rows) forward.push_back({"one kernel", forward_by(nullptr, forward_rows)});
+    if (sums != nullptr) forward.push_back({"sums", forward_by(sums, {})});
+    const std::string what = describe_norm(i);
+    take_fastest("forward of " + what, forward, [&] {
       if (before.forward != nullptr) run_convolution(from);
       run_batch_norm(i);
     });
 
-    std::vector<Way> backward{[&] { work.kept_backward.reset(); }};
-    if (backward_rows) backward.emplace_back([&] { work.kept_backward = backward_rows; });
-    take_fastest(backward, [&] { run_batch_norm_backward(i); });
+    std::vector<Way> backward{{"two kernels", [&] { work.kept_backward.reset(); }}};
+    if (backward_rows)
+      backward.push_back({"one kernel", [&] { work.kept_backward = backward_rows; }});
+    take_fastest("backward of " + what, backward, [&] { run_batch_norm_backward(i); });
+  }
+
+  std::string describe_norm(size_t i) const {
+    const Node& node = nodes_[i];
+    const Work& before = work_[static_cast<size_t>(node.input)];
+    return "batch-norm [" + std::to_string(outputs_[i].rows) + ", " +
+           std::to_string(outputs_[i].channels) + "], " +
+           kNumberNames[static_cast<int>(outputs_[i].vector ? NumberType::fp32
+                                                            : number_type<T>())] +
+           (node.activation == Activation::relu ? ", ReLU" : "") +
+           (node.residual >= 0 ? ", residual" : "") +
+           (work_[i].dy[1].values != nullptr ? ", two gradients" : "") +
+           (before.forward != nullptr ? " after " + before.forward->describe() : "");
   }
 
   // Of batch-norm i forward and backward, where one kernel may do it. Blocks that wait for each
@@ -899,15 +930,19 @@ class NetworkOf : public TrainingNetwork {
   // by one, and then only take each other's place in its caches. And whether batch-norms that are
   // faster as one kernel stay so: all its blocks need a place at once, which other lanes may hold.
   void choose_lanes() {
-    const auto lanes = [this](bool beside, bool one_kernel) -> Way {
+    const auto lanes = [this](bool beside, bool one_kernel) {
       return [=, this] {
         beside_ = beside;
         one_kernel_ = one_kernel;
       };
     };
-    lanes(true, true)();
-    if (deterministic_) return;
-    take_fastest({lanes(true, true), lanes(false, true), lanes(true, false)}, [this] {
+    std::vector<Way> ways{{"beside", lanes(true, true)}};
+    if (!deterministic_) ways.push_back({"in turn", lanes(false, true)});
+    if (std::any_of(work_.begin(), work_.end(), [](const Work& work) {
+          return work.kept_forward.has_value() || work.kept_backward.has_value();
+        }))
+      ways.push_back({"beside, two kernels", lanes(true, false)});
+    take_fastest("lanes of " + engines(), ways, [this] {
       run_forward();
       run_backward();
     });

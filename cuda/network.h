@@ -35,8 +35,8 @@ class TrainingNetwork {
   // Memory: each twice, counting and real (Arena), the state first. Everything starts as zero.
   virtual void layout_state(Arena& arena) = 0;  // does not depend on the batch
   virtual void layout_batch(Arena& arena) = 0;
-  // Settles the convolutions' plans, which may take timing, and runs every plan once, so that
-  // nothing is prepared later. Leaves rubbish everywhere: initialise() comes after.
+  // Settles how convolutions, batch-norms and lanes run, which may take timing, and runs everything
+  // once, so that nothing is prepared later. Leaves rubbish everywhere: initialise() comes after.
   virtual void prepare() = 0;
   // Parameters from the seed, batch-norms as torch's, momentum 0. Waits for the stream.
   virtual void initialise(uint64_t seed) = 0;
@@ -60,7 +60,7 @@ class TrainingNetwork {
   // Names the first tensor that holds NaN or infinity: parameters, then activations in order; empty
   // if there is none.
   virtual std::string first_non_finite() const = 0;
-  // Which plan every convolution runs.
+  // Which plan every convolution runs, and which ones come with sums.
   virtual std::string engines() const = 0;
 };
 

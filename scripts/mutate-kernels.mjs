@@ -302,6 +302,13 @@ const BUGS = [
     to: 'from_column = size - from_column;',
   },
   {
+    bug: 'batch-norm: sums timed before they have memory',
+    unit: 'session',
+    file: 'cuda/network.cu',
+    from: '        before.sums = from_sums;\n        work.kept_forward = kept;\n        if (from_sums',
+    to: '        work.kept_forward = kept;\n        before.sums = nullptr;\n        if (from_sums',
+  },
+  {
     bug: 'lanes: SGD before the last weight gradients',
     unit: 'session',
     file: 'cuda/network.cu',
@@ -333,7 +340,7 @@ const BUGS = [
     bug: 'lanes: a buffer given away while the shortcut reads it',
     unit: 'session',
     file: 'cuda/network.cu',
-    from: 'if (lane == Lane::main) {',
+    from: 'if (lane == buffer.lane && lane == Lane::main) {',
     to: 'if (lane != Lane::weights) {',
   },
 ];

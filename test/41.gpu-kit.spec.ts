@@ -137,25 +137,29 @@ describe('gpu:kit', () => {
     }
   });
 
-  it('ends a command that hangs, with all that it started, and keeps the rest', () => {
+  it('ends a command that hangs, with all that it started, keeps the rest and tries no other like it', () => {
     const { kit, home } = makeTree();
     const limits = /(async step[\s\S]*?seconds: )240/;
     const runner = fs.readFileSync(join(ROOT, 'test/gpu/run.mjs'), 'utf8');
+    const batches = 'onCpu ? [4]';
     assert.match(runner, limits);
-    write('test/gpu/run.mjs', runner.replace(limits, '$11')); // 1 second
+    assert.ok(runner.includes(batches));
+    // 1 second, and a second batch
+    write('test/gpu/run.mjs', runner.replace(limits, '$11').replace(batches, 'onCpu ? [4, 8]'));
     assert.equal(kit().status, 0);
     const ran = start(join(home, 'run.sh'), ['--device', 'cpu', '--only', 'doctor,step'], {
       CALLS: join(folder, 'calls'),
     });
     assert.equal(ran.status, 1, ran.stderr);
     const { runs } = JSON.parse(fs.readFileSync(join(home, 'result.json'), 'utf8')) as {
-      runs: { part: string; ok: boolean; exit?: string }[];
+      runs: { part: string; ok: boolean; exit?: string; skipped?: string }[];
     };
     assert.deepEqual(
-      runs.map(({ part, ok, exit }) => [part, ok, exit]),
+      runs.map(({ part, ok, exit, skipped }) => [part, ok, exit ?? skipped]),
       [
         ['doctor', true, undefined],
         ['step', false, 'over its limit of 1 s'],
+        ['step', true, 'fp32 batch 8: a command before it hung'],
       ],
     );
   });

@@ -19,7 +19,8 @@
 //              gradient_chunk  dZ = p 2^15 in T, the target's entry 0; hinge_gradient_chunk
 //              two products    dX += dZ W_hat;  G = dZ^T X_f
 //              sgd_classes     weight-norm backward, decay, momentum, new norm, new W_hat, in one
-//                              pass, under the next chunk's products
+//                              pass, under the next chunk's products; the last chunk's under
+//                              what the caller does next
 //   finish_embeddings       row coefficients, norm backward
 //
 // Never stored: N x classes of anything, the gradient of the weights (only a chunk of it), one-hot

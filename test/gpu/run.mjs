@@ -186,8 +186,18 @@ function spawnLimited(command, args, { env, seconds }) {
   });
 }
 
+// Parts with a command that ran over its limit: what hangs once would take the host's time again.
+const hung = new Set();
+
 /** One command of a part: its outcome and, where it prints JSON, its figures go into the result. */
-async function run(part, name, command, args, { env = kitEnv, seconds, json = false }) {
+async function run(
+  part,
+  name,
+  command,
+  args,
+  { env = kitEnv, seconds, json = false, slow = false },
+) {
+  if (hung.has(part)) return skipped(part, `${name}: a command before it hung`);
   say(`[${part}] ${name}`);
   const startMs = performance.now();
   const outcome = await spawnLimited(command, args, { env, seconds });
@@ -212,11 +222,11 @@ async function run(part, name, command, args, { env = kitEnv, seconds, json = fa
       ? `over its limit of ${seconds} s`
       : (outcome.signal ?? outcome.code);
     entry.stderr = outcome.stderr;
+    if (outcome.timedOut && !slow) hung.add(part);
     say(`    failed (${entry.exit}): ${lastLine(outcome.stderr) || lastLine(outcome.stdout)}`);
   }
   result.runs.push(entry);
   save();
-  return entry;
 }
 
 const lastLine = (text) => text.trim().split('\n').at(-1) ?? '';
@@ -264,7 +274,7 @@ async function runPeers(part, compiled) {
       `${script} ${[...given, ...compiled].join(' ')}`,
       'python3',
       [join(kit, 'bench', 'peers', script), ...args],
-      { env: hostEnv, json: true, seconds: compiled.length > 0 ? 180 : 90 },
+      { env: hostEnv, json: true, seconds: compiled.length > 0 ? 180 : 90, slow: true },
     );
   };
   for (const precision of precisions) {
@@ -364,7 +374,8 @@ const parts = {
     for (const tool of ['memcheck', 'racecheck', 'initcheck', 'synccheck']) {
       for (const test of tests) {
         const args = ['--tool', tool, '--error-exitcode', '1', join(kit, test)];
-        await run('sanitizer', `${tool} ${basename(test)}`, sanitizer, args, { seconds: 240 });
+        const options = { seconds: 240, slow: true };
+        await run('sanitizer', `${tool} ${basename(test)}`, sanitizer, args, options);
       }
     }
   },
@@ -389,9 +400,20 @@ function summary() {
   return lines;
 }
 
+/** What the sessions found by timing: engines of convolutions, ways of batch-norms and lanes. */
+function choices() {
+  const kept = join(cache, 'hardmine', 'convolutions');
+  if (!fs.existsSync(kept)) return [];
+  return fs.readdirSync(kept).map((name) => {
+    const [what, way] = fs.readFileSync(join(kept, name), 'utf8').split('\n');
+    return { what, way };
+  });
+}
+
 writeCommand();
 save();
 for (const part of PARTS.filter((name) => only.includes(name))) await parts[part]();
+result.choices = choices();
 result.ended = new Date().toISOString();
 save();
 

@@ -18,30 +18,11 @@
 
 #include "core/batch.h"
 #include "core/random.h"
+#include "test/native/temporary_folder.h"
 
 namespace hardmine::test {
 
 using ByteString = std::vector<uint8_t>;
-
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "hardmine-XXXXXX").string();
-    if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
-    path_ = name;
-  }
-  ~TemporaryFolder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path_, ignored);
-  }
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-
-  std::string operator/(const std::string& name) const { return (path_ / name).string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 // The folder of real data, or empty where there is none.
 inline std::filesystem::path shared_faces() {

@@ -440,7 +440,7 @@ std::vector<int64_t> engines_of(const Node& heuristic) {
   const bool fallback = heuristic.get<cudnn::HeuristicMode>(Attribute::heuristic_mode) ==
                         cudnn::HeuristicMode::fallback;
   if (operations_of(heuristic.node(Attribute::heuristic_operation_graph)) == 2)
-    return fallback ? std::vector<int64_t>{} : std::vector<int64_t>{5};
+    return fallback ? std::vector<int64_t>{} : std::vector<int64_t>{5, 12};
   if (fakes().options.only_nondeterministic)
     return fallback ? std::vector<int64_t>{} : std::vector<int64_t>{2};
   return fallback ? std::vector<int64_t>{0, 2} : std::vector<int64_t>{2, 7, 9, 11};

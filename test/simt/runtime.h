@@ -14,9 +14,8 @@
 //     a page that nobody can touch: an access past it, by a kernel or a copy, throws simt::Fault.
 //     So does work on the default stream, and a kernel's pointer to memory that is not CUDA's.
 //   - Blocks of kernels run in an order that differs from launch to launch.
-//   - A cooperative launch must fit on its few multiprocessors, and more than 48 KB of dynamic
-//   shared
-//     memory must have been allowed.
+//   - A cooperative launch must fit on its few multiprocessors, and be allowed what it takes of
+//     dynamic shared memory above 48 KB.
 // Faults come out of the call that runs the work; the device is lost afterwards.
 #pragma once
 

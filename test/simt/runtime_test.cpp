@@ -22,11 +22,13 @@
 #include "cuda/products.h"
 #include "cuda/runtime.h"
 #include "test/native/environment.h"
+#include "test/native/temporary_folder.h"
 #include "test/simt/fake_libraries.h"
 
 namespace {
 
 using hardmine::Error;
+using hardmine::test::TemporaryFolder;
 using hardmine::testing::Environment;
 namespace codes = hardmine::codes;
 namespace cuda = hardmine::cuda;
@@ -415,28 +417,8 @@ TEST_CASE("a library that is missing, incomplete or too old is told in one sente
   }
 }
 
-namespace {
-
-// An empty folder, gone at the end.
-class Folder {
- public:
-  Folder() {
-    std::string name = (std::filesystem::temp_directory_path() / "hardmine-XXXXXX").string();
-    path_ = mkdtemp(name.data());
-  }
-  ~Folder() { std::filesystem::remove_all(path_); }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
-};
-
-}  // namespace
-
 TEST_CASE("libraries are looked for in CUDNN_ROOT and beside Python's torch") {
-  const Folder folder;
+  const TemporaryFolder folder;
   const Environment cudnn_root("CUDNN_ROOT", (folder.path() / "root").string());
   const Environment environment("VIRTUAL_ENV", (folder.path() / "venv").string());
   const auto text = [](size_t index) { return cuda::describe_libraries().at(index).second; };
@@ -710,7 +692,7 @@ struct ConvolutionBench {
   }
   void restart() { convolutions.emplace(fakes.libraries().cudnn, choice); }
 
-  Folder folder;
+  TemporaryFolder folder;
   simt::FakeLibraries fakes;
   Environment cache;
   simt::Device device;
@@ -1008,7 +990,7 @@ TEST_CASE("handles and descriptors are given back") {
   {
     simt::Device device;
     const cuda::Stream stream;
-    const Folder folder;
+    const TemporaryFolder folder;
     const Environment cache("XDG_CACHE_HOME", folder.path().string());
     cuda::Convolutions convolutions(fakes.libraries().cudnn, cuda::ConvolutionChoice{});
     ConvolutionTensors<float> t(kShape);

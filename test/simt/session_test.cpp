@@ -19,9 +19,11 @@
 #include "cuda/session.h"
 #include "test/native/environment.h"
 #include "test/native/network_reference.h"
+#include "test/native/temporary_folder.h"
 
 using namespace hardmine;
 using namespace hardmine::testing;
+using hardmine::test::TemporaryFolder;
 
 namespace {
 
@@ -430,10 +432,28 @@ TEST_CASE("CUDA: statistics come with the convolution where that is faster, and 
   }
 }
 
+TEST_CASE("CUDA: what one session has timed the next one takes, however it would time it") {
+  const TemporaryFolder folder;
+  const Environment cache("XDG_CACHE_HOME", folder.path().string());
+  std::string first;
+  for (const double microseconds : {4.0, 6.0}) {
+    Gpu gpu;
+    gpu.fakes.options.sums_microseconds = microseconds;
+    Execution execution = in(Precision::fp16);
+    execution.deterministic = false;
+    const auto session =
+        cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
+    if (first.empty()) first = session->engines();
+    CHECK(session->engines() == first);
+    CHECK(session->engines().find("; a.conv1 with sums") != std::string::npos);
+  }
+}
+
 TEST_CASE("CUDA: sums that fail when they are run are not what a session ends of") {
   const Environment cache("XDG_CACHE_HOME", "/dev/null");
   Gpu gpu;
   gpu.fakes.options.broken_engine = 5;
+  gpu.fakes.options.uncompiled_engine = 12;
   Execution execution = in(Precision::fp16);
   execution.deterministic = false;
   const auto session = cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
