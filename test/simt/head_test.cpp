@@ -483,7 +483,6 @@ class DeviceHead {
     head_->read(tensor, values, stream_);
     return values;
   }
-  [[maybe_unused]] Floats grad_x(const Problem& p) { return get(grad_x_, p.x.size()); }
   const cuda::Stream& stream() const { return stream_; }
 
  private:
