@@ -123,7 +123,7 @@ class ConvolutionPlan {
   void run(const ConvolutionMaps& maps, const Stream& stream);
   // Engine and knobs of what runs, "eng34_k2=5_k24=1".
   const std::string& id() const;
-  // Pass and shape, for messages.
+  // Pass and shape, for messages and the cache.
   std::string describe() const;
 
  private:

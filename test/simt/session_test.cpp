@@ -57,7 +57,8 @@ std::string error_of(const std::function<void()>& f, const char* code) {
 // otherwise, each of which replaces its share of a gradient: at most 0.31 of the norm is measured
 // in bf16, for a batch-norm over 20 values a channel. A wrong term is an error of about 1.
 // Without determinism the fakes' last bits are noise, twice the rounding: of ten seeds, two have an
-// error of 0.005, seven of 0.16 and one of 0.34, as no, one or two decisions fall otherwise.
+// error of 0.005, seven of 0.16 and one of 0.34, as no, one or two decisions fall otherwise. The
+// seed here is one without two.
 struct Tolerance {
   Precision precision;
   bool deterministic;
@@ -65,7 +66,7 @@ struct Tolerance {
 };
 constexpr Tolerance kTolerances[] = {{Precision::fp32, true, 1e-5, 1e-4},
                                      {Precision::fp16, true, 4e-3, 0.06},
-                                     {Precision::fp16, false, 4e-3, 0.4},
+                                     {Precision::fp16, false, 4e-3, 0.2},
                                      {Precision::bf16, true, 0.03, 0.4}};
 
 // The same images every time.
@@ -159,7 +160,7 @@ TEST_CASE("CUDA: embeddings, gradients, statistics and SGD equal the double refe
   for (const Tolerance& tolerance : kTolerances) {
     CAPTURE(static_cast<int>(tolerance.precision));
     CAPTURE(tolerance.deterministic);
-    Gpu gpu;
+    Gpu gpu(4);
     const cuda::DeviceScope scope(0);
     const cuda::Stream stream;
     const int64_t batch = 5;
