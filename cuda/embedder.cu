@@ -26,16 +26,15 @@ class FoldedNetworkOf : public FoldedNetwork {
       : nodes_(std::move(nodes)),
         batch_(batch),
         stream_(stream),
-        convolutions_(libraries.cudnn,
-                      {.deterministic = deterministic, .device = device_and_driver()}),
+        engines_(libraries.cudnn, {.deterministic = deterministic, .device = device_and_driver()}),
         layers_(plan_folding(nodes_)),
         weights_(layers_.size()),
         maps_(nodes_.size()) {
     for (size_t i = 0; i < layers_.size(); ++i) {
       const Node& node = nodes_[static_cast<size_t>(layers_[i].node)];
       if (node.op != Op::convolution) continue;
-      weights_[i].plan =
-          &convolutions_.plan(convolution_shape(node, batch_, precision), ConvolutionPass::forward);
+      weights_[i].plan = &engines_.plan(
+          convolution_graph(convolution_shape(node, batch_, precision), ConvolutionPass::forward));
     }
     Arena counting;
     layout(counting);
@@ -88,7 +87,7 @@ class FoldedNetworkOf : public FoldedNetwork {
 
  private:
   struct Weights {
-    ConvolutionPlan* plan = nullptr;  // null: the linear layer
+    EnginePlan* plan = nullptr;  // null: the linear layer
     T* values = nullptr;
     float* bias = nullptr;
   };
@@ -159,7 +158,8 @@ class FoldedNetworkOf : public FoldedNetwork {
       return;
     }
     T* y = maps_[static_cast<size_t>(layer.last())];
-    weights.plan->run({input_of(layer), weights.values, y, workspace_}, stream_);
+    weights.plan->run(convolution_pointers({input_of(layer), weights.values, y, workspace_}),
+                      stream_);
     apply_affine(bias, batch_ * node.out_size * node.out_size, node.out_channels, y,
                  last.residual < 0 ? static_cast<const T*>(nullptr) : map(last.residual), y, relu,
                  stream_.get());
@@ -174,7 +174,7 @@ class FoldedNetworkOf : public FoldedNetwork {
   std::vector<Node> nodes_;
   int64_t batch_;
   const Stream& stream_;
-  Convolutions convolutions_;
+  Engines engines_;
   std::vector<FoldedLayer> layers_;
   std::vector<Weights> weights_;  // by layer
   std::vector<T*> maps_;          // by node; null where nothing in T is kept

@@ -3,11 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <exception>
-#include <functional>
 #include <limits>
 #include <optional>
-#include <string_view>
 #include <type_traits>
 #include <utility>
 
@@ -87,10 +84,10 @@ struct Work {
   // A batch-norm by one kernel keeps what it reads of this many rows; by two if there is none.
   std::optional<int> kept_forward, kept_backward;
   int weight = -1, bias = -1;  // indices of its parameters
-  ConvolutionPlan* forward = nullptr;
-  ConvolutionPlan* forward_with_sums = nullptr;  // where cuDNN has one and a batch-norm follows
-  ConvolutionPlan* data = nullptr;
-  ConvolutionPlan* weights = nullptr;
+  EnginePlan* forward = nullptr;
+  EnginePlan* forward_with_sums = nullptr;  // where cuDNN has one and a batch-norm follows
+  EnginePlan* data = nullptr;
+  EnginePlan* weights = nullptr;
   float* sums = nullptr;  // of the convolution's output, where they come with it
   BatchNorm norm{};
   BatchNormGradient norm_gradient{};
@@ -159,8 +156,7 @@ class NetworkOf : public TrainingNetwork {
         precision_(precision),
         deterministic_(deterministic),
         stream_(stream),
-        convolutions_(libraries.cudnn,
-                      {.deterministic = deterministic, .device = device_and_driver()}),
+        engines_(libraries.cudnn, {.deterministic = deterministic, .device = device_and_driver()}),
         cublas_lt_(libraries.cublas_lt),
         cooperative_(cooperative_limits()),
         tensors_(training_tensors(nodes_)) {
@@ -168,7 +164,7 @@ class NetworkOf : public TrainingNetwork {
     plan_outputs();
     work_.resize(nodes_.size());
     for (const Lane lane : {Lane::main, Lane::shortcut, Lane::weights})
-      convolutions_.prepare(lane == Lane::main ? stream_ : side(lane).stream());
+      engines_.prepare(lane == Lane::main ? stream_ : side(lane).stream());
     plan_pooled();
     for (size_t i = 0; i < nodes_.size(); ++i) plan_work(i);
     for (size_t i = 0; i < nodes_.size(); ++i) plan_lanes(i);
@@ -177,7 +173,7 @@ class NetworkOf : public TrainingNetwork {
   const std::vector<Node>& nodes() const override { return nodes_; }
   const std::vector<TensorInfo>& tensors() const override { return tensors_; }
   std::string engines() const override {
-    std::string text = convolutions_.engines();
+    std::string text = engines_.describe();
     for (size_t i = 0; i < nodes_.size(); ++i)
       if (work_[i].sums != nullptr) text += "; " + nodes_[i].name + " with sums";
     return text;
@@ -228,9 +224,9 @@ class NetworkOf : public TrainingNetwork {
     for (size_t i = 0; i < nodes_.size(); ++i) {
       const Work& work = work_[i];
       if (work.forward == nullptr) continue;
-      work.forward->choose(forward_maps(i), stream_);
-      work.weights->choose(weight_maps(i), stream_);
-      if (work.data != nullptr) work.data->choose(data_maps(i), stream_);
+      work.forward->choose(forward_pointers(i, nullptr), stream_);
+      work.weights->choose(weight_pointers(i), stream_);
+      if (work.data != nullptr) work.data->choose(data_pointers(i), stream_);
     }
     for (size_t i = 0; i < nodes_.size(); ++i)
       if (nodes_[i].op == Op::batch_norm) choose_norm(i);
@@ -422,9 +418,10 @@ class NetworkOf : public TrainingNetwork {
     switch (node.op) {
       case Op::convolution: {
         const ConvolutionShape shape = convolution_shape(node, batch_, precision_);
-        work.forward = &convolutions_.plan(shape, ConvolutionPass::forward);
-        work.weights = &convolutions_.plan(shape, ConvolutionPass::weight_gradient);
-        if (node.input >= 0) work.data = &convolutions_.plan(shape, ConvolutionPass::data_gradient);
+        work.forward = &engines_.plan(convolution_graph(shape, ConvolutionPass::forward));
+        work.weights = &engines_.plan(convolution_graph(shape, ConvolutionPass::weight_gradient));
+        if (node.input >= 0)
+          work.data = &engines_.plan(convolution_graph(shape, ConvolutionPass::data_gradient));
         // 16-bit dW: cuDNN's only engines for an fp32 one are fallbacks.
         work.weight = add_parameter(node.name + ".weight", WeightLayout::of(node), true,
                                     std::is_same_v<T, float>);
@@ -445,8 +442,9 @@ class NetworkOf : public TrainingNetwork {
         const Node& before = nodes_[static_cast<size_t>(node.input)];
         if (before.op == Op::convolution && precision_ == Precision::fp16 && !deterministic_ &&
             !work.pooled) {
-          work_[static_cast<size_t>(node.input)].forward_with_sums = convolutions_.find_plan(
-              convolution_shape(before, batch_, precision_), ConvolutionPass::forward_with_sums);
+          work_[static_cast<size_t>(node.input)].forward_with_sums =
+              engines_.find_plan(convolution_graph(convolution_shape(before, batch_, precision_),
+                                                   ConvolutionPass::forward_with_sums));
         }
         break;
       }
@@ -495,7 +493,7 @@ class NetworkOf : public TrainingNetwork {
 
   void layout_workspaces(Arena& arena) {
     std::array<size_t, kLanes> bytes{product_workspace_bytes(compute_major())};
-    const auto need = [&](Lane lane, const ConvolutionPlan* plan) {
+    const auto need = [&](Lane lane, const EnginePlan* plan) {
       if (plan == nullptr) return;
       // Where the lanes are one after the other, the main one runs everything.
       for (const Lane runs : {lane, Lane::main}) {
@@ -665,8 +663,8 @@ class NetworkOf : public TrainingNetwork {
       switch (node.op) {
         case Op::convolution:
           fork(work.lane, Lane::weights);
-          work.weights->run(weight_maps(i), stream_of(Lane::weights));
-          if (work.data != nullptr) work.data->run(data_maps(i), stream_of(work.lane));
+          work.weights->run(weight_pointers(i), stream_of(Lane::weights));
+          if (work.data != nullptr) work.data->run(data_pointers(i), stream_of(work.lane));
           break;
         case Op::batch_norm:
           run_batch_norm_backward(i);
@@ -709,61 +707,30 @@ class NetworkOf : public TrainingNetwork {
         1, work.operand, weight.operand(), 0, work.dx.values);
   }
 
-  ConvolutionMaps forward_maps(size_t i) {
+  EnginePointers forward_pointers(size_t i, float* sums) {
     const Work& work = work_[i];
     Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
-    return {input_of(i), weight.operand(), outputs_[i].values, memory_of(work.lane).workspace,
-            work.sums};
+    return convolution_pointers({input_of(i), weight.operand(), outputs_[i].values,
+                                 memory_of(work.lane).workspace, sums,
+                                 sums == nullptr ? nullptr : sums + outputs_[i].channels});
   }
-  ConvolutionMaps weight_maps(size_t i) {
+  EnginePointers weight_pointers(size_t i) {
     const Work& work = work_[i];
     Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
-    return {input_of(i), weight.gradient, work.dy[0].values, memory_of(Lane::weights).workspace};
+    return convolution_pointers(
+        {input_of(i), weight.gradient, work.dy[0].values, memory_of(Lane::weights).workspace});
   }
-  ConvolutionMaps data_maps(size_t i) {
+  EnginePointers data_pointers(size_t i) {
     const Work& work = work_[i];
     Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
-    return {work.dx.values, weight.operand(), work.dy[0].values, memory_of(work.lane).workspace};
+    return convolution_pointers(
+        {work.dx.values, weight.operand(), work.dy[0].values, memory_of(work.lane).workspace});
   }
 
   void run_convolution(size_t i) {
     const Work& work = work_[i];
     (work.sums != nullptr ? work.forward_with_sums : work.forward)
-        ->run(forward_maps(i), stream_of(work.lane));
-  }
-
-  // One of several ways to the same result.
-  struct Way {
-    const char* name;  // on disk
-    std::function<void()> take;
-  };
-
-  // Takes the way by which `run`, which does `what`, is the fastest. What was found once is kept on
-  // disk: a session that goes on is to compute as before.
-  void take_fastest(const std::string& what, const std::vector<Way>& ways,
-                    const std::function<void()>& run) {
-    const std::string known = ways.size() == 1 ? ways.front().name : convolutions_.recall(what);
-    for (const Way& way : ways)
-      if (way.name == known) return way.take();
-    const Way* best = nullptr;
-    double best_time = 0;
-    std::exception_ptr failure;
-    for (const Way& way : ways) {
-      try {
-        way.take();
-        const double time = TimedWork(stream_, run).median_milliseconds();
-        if (best != nullptr && time >= best_time) continue;
-        best = &way;
-        best_time = time;
-      } catch (const Error& error) {
-        // As in ConvolutionPlan::choose(): there is another way.
-        if (std::string_view(error.code()) != codes::kBackend) throw;
-        failure = std::current_exception();
-      }
-    }
-    if (best == nullptr) std::rethrow_exception(failure);
-    best->take();
-    convolutions_.remember(what, best->name);
+        ->run(forward_pointers(i, work.sums), stream_of(work.lane));
   }
 
   // How batch-norm i runs: by two kernels each way, by one, or forward from sums that come with the
@@ -780,22 +747,24 @@ class NetworkOf : public TrainingNetwork {
       return [&, from_sums, kept] {
         before.sums = from_sums;
         work.kept_forward = kept;
-        if (from_sums != nullptr) before.forward_with_sums->choose(forward_maps(from), stream_);
+        if (from_sums != nullptr)
+          before.forward_with_sums->choose(forward_pointers(from, from_sums), stream_);
       };
     };
-    std::vector<Way> forward{{"two kernels", forward_by(nullptr, {})}};
+    std::vector<Engines::Way> forward{{"two kernels", forward_by(nullptr, {})}};
     if (forward_rows) forward.push_back({"one kernel", forward_by(nullptr, forward_rows)});
     if (sums != nullptr) forward.push_back({"sums", forward_by(sums, {})});
     const std::string what = describe_norm(i);
-    take_fastest("forward of " + what, forward, [&] {
+    engines_.take_fastest("forward of " + what, forward, stream_, [&] {
       if (before.forward != nullptr) run_convolution(from);
       run_batch_norm(i);
     });
 
-    std::vector<Way> backward{{"two kernels", [&] { work.kept_backward.reset(); }}};
+    std::vector<Engines::Way> backward{{"two kernels", [&] { work.kept_backward.reset(); }}};
     if (backward_rows)
       backward.push_back({"one kernel", [&] { work.kept_backward = backward_rows; }});
-    take_fastest("backward of " + what, backward, [&] { run_batch_norm_backward(i); });
+    engines_.take_fastest("backward of " + what, backward, stream_,
+                          [&] { run_batch_norm_backward(i); });
   }
 
   std::string describe_norm(size_t i) const {
@@ -936,13 +905,13 @@ class NetworkOf : public TrainingNetwork {
         one_kernel_ = one_kernel;
       };
     };
-    std::vector<Way> ways{{"beside", lanes(true, true)}};
+    std::vector<Engines::Way> ways{{"beside", lanes(true, true)}};
     if (!deterministic_) ways.push_back({"in turn", lanes(false, true)});
     if (std::any_of(work_.begin(), work_.end(), [](const Work& work) {
           return work.kept_forward.has_value() || work.kept_backward.has_value();
         }))
       ways.push_back({"beside, two kernels", lanes(true, false)});
-    take_fastest("lanes of " + engines(), ways, [this] {
+    engines_.take_fastest("lanes of " + engines(), ways, stream_, [this] {
       run_forward();
       run_backward();
     });
@@ -1018,7 +987,7 @@ class NetworkOf : public TrainingNetwork {
   bool deterministic_;
   const Stream& stream_;
   std::array<SideStream, kLanes - 1> sides_;
-  Convolutions convolutions_;
+  Engines engines_;
   CublasLt cublas_lt_;
   CooperativeLimits cooperative_;
   std::optional<Products> products_;

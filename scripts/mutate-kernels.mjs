@@ -33,6 +33,7 @@ const UNITS = {
       'cuda/convolution.cpp',
       'cuda/device.cpp',
       'cuda/embedder.cu',
+      'cuda/engines.cpp',
       'cuda/head.cu',
       'cuda/libraries.cpp',
       'cuda/products.cpp',

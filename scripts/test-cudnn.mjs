@@ -25,7 +25,7 @@ try {
   const compiled = run(process.env.CXX ?? 'g++', [
     ...['-std=c++20', '-O1', '-Wno-unknown-pragmas', '-isystem', 'test/simt/include'],
     ...['-I', '.', 'test/gpu/cudnn_support.cpp', 'core/network.cpp'],
-    ...['cuda/convolution.cpp', 'cuda/libraries.cpp', 'cuda/runtime.cpp'],
+    ...['cuda/convolution.cpp', 'cuda/engines.cpp', 'cuda/libraries.cpp', 'cuda/runtime.cpp'],
     ...['-o', program, '-ldl', '-lpthread'],
   ]);
   process.exitCode =

@@ -21,6 +21,7 @@
 namespace {
 
 using namespace hardmine;
+using cuda::convolution_graph;
 using cuda::ConvolutionPass;
 
 constexpr size_t kOldestCudnn = 91100;  // 9.11: the first that NVIDIA's own sample of this needs
@@ -42,11 +43,11 @@ void ask(const cuda::Cudnn& library, const std::string& properties, const std::v
     questions.insert({shape, ConvolutionPass::weight_gradient});
     if (node.input >= 0) questions.insert({shape, ConvolutionPass::data_gradient});
   }
-  cuda::Convolutions convolutions(library, properties);
+  cuda::Engines engines(library, properties);
   size_t workspace = 0, forward = 0, with_sums = 0;
   for (const auto& [shape, pass] : questions) {
     try {
-      workspace = std::max(workspace, convolutions.plan(shape, pass).workspace_bytes());
+      workspace = std::max(workspace, engines.plan(convolution_graph(shape, pass)).workspace_bytes());
       ++counts.passed;
     } catch (const Error& error) {
       std::cout << error.what() << '\n';
@@ -54,7 +55,7 @@ void ask(const cuda::Cudnn& library, const std::string& properties, const std::v
     }
     if (pass != ConvolutionPass::forward) continue;
     ++forward;
-    if (convolutions.find_plan(shape, ConvolutionPass::forward_with_sums) != nullptr) ++with_sums;
+    if (engines.find_plan(convolution_graph(shape, ConvolutionPass::forward_with_sums)) != nullptr) ++with_sums;
   }
   std::cout << (precision == Precision::fp16   ? "fp16"
                 : precision == Precision::bf16 ? "bf16"

@@ -628,6 +628,8 @@ TEST_CASE("a product that the library refuses names its shape") {
 
 namespace {
 
+using cuda::convolution_graph;
+using cuda::convolution_pointers;
 using cuda::ConvolutionPass;
 using cuda::ConvolutionShape;
 using hardmine::Precision;
@@ -683,22 +685,22 @@ std::vector<double> direct(const ConvolutionShape& s, ConvolutionPass pass, cons
 }
 
 struct ConvolutionBench {
-  explicit ConvolutionBench(simt::FakeOptions options = {}, cuda::ConvolutionChoice given = {})
+  explicit ConvolutionBench(simt::FakeOptions options = {}, cuda::EngineChoice given = {})
       : fakes(std::move(options)),
         cache("XDG_CACHE_HOME", folder.path().string()),
         choice(std::move(given)) {
     choice.device = "Emulated GPU, driver 13000";
-    convolutions.emplace(fakes.libraries().cudnn, choice);
+    engines.emplace(fakes.libraries().cudnn, choice);
   }
-  void restart() { convolutions.emplace(fakes.libraries().cudnn, choice); }
+  void restart() { engines.emplace(fakes.libraries().cudnn, choice); }
 
   TemporaryFolder folder;
   simt::FakeLibraries fakes;
   Environment cache;
   simt::Device device;
   cuda::Stream stream;
-  cuda::ConvolutionChoice choice;
-  std::optional<cuda::Convolutions> convolutions;
+  cuda::EngineChoice choice;
+  std::optional<cuda::Engines> engines;
 };
 
 template <typename T>
@@ -713,15 +715,19 @@ struct ConvolutionTensors {
   std::vector<T> hx, hw, hy;
   DeviceArray<T> x{hx}, w{hw}, y{hy};
   DeviceArray<char> workspace{4096};
+
+  cuda::EnginePointers pointers() const {
+    return convolution_pointers({x.data(), w.data(), y.data(), workspace.data()});
+  }
 };
 
 template <typename T>
 void check_convolution(ConvolutionBench& bench, ConvolutionShape shape, ConvolutionPass pass) {
   shape.precision = precision_of<T>();
   ConvolutionTensors<T> t(shape);
-  cuda::ConvolutionPlan& plan = bench.convolutions->plan(shape, pass);
+  cuda::EnginePlan& plan = bench.engines->plan(convolution_graph(shape, pass));
   REQUIRE(plan.workspace_bytes() <= 4096);
-  plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
+  plan.run(t.pointers(), bench.stream);
   bench.stream.synchronize();
   const std::vector<double> expected = direct(shape, pass, t.hx, t.hw, t.hy);
   const std::vector<T> result = (pass == ConvolutionPass::forward         ? t.y
@@ -754,20 +760,25 @@ TEST_CASE_TEMPLATE("convolution passes agree with the definition", T, float, __h
 TEST_CASE("a forward pass with the sums of its output, where cuDNN has one") {
   ConvolutionBench bench;
   for (ConvolutionShape shape : {kShape, ConvolutionShape{3, 8, 24, 6, 3, 1, 2, 0}}) {
-    CHECK(bench.convolutions->find_plan(shape, ConvolutionPass::forward_with_sums) == nullptr);
+    CHECK(bench.engines->find_plan(convolution_graph(shape, ConvolutionPass::forward_with_sums)) ==
+          nullptr);
     shape.precision = Precision::bf16;
-    CHECK(contains(
-        error_of([&] { bench.convolutions->plan(shape, ConvolutionPass::forward_with_sums); }),
-        "no engine for the forward with sums of a convolution ["));
+    CHECK(contains(error_of([&] {
+                     bench.engines->plan(
+                         convolution_graph(shape, ConvolutionPass::forward_with_sums));
+                   }),
+                   "no engine for the forward with sums of a convolution ["));
     shape.precision = Precision::fp16;
-    cuda::ConvolutionPlan& plan =
-        bench.convolutions->plan(shape, ConvolutionPass::forward_with_sums);
+    cuda::EnginePlan& plan =
+        bench.engines->plan(convolution_graph(shape, ConvolutionPass::forward_with_sums));
     CHECK(plan.id() == "eng5");
     ConvolutionTensors<__half> t(shape);
     const auto channels = static_cast<size_t>(shape.out_channels);
     const DeviceArray<float> sums(2 * channels), others(2 * channels);
     for (const DeviceArray<float>* to : {&sums, &others}) {
-      plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data(), to->data()}, bench.stream);
+      plan.run(convolution_pointers({t.x.data(), t.w.data(), t.y.data(), t.workspace.data(),
+                                     to->data(), to->data() + channels}),
+               bench.stream);
       bench.stream.synchronize();
       const std::vector<double> y = direct(shape, ConvolutionPass::forward, t.hx, t.hw, t.hy);
       std::vector<double> wanted(2 * channels);
@@ -788,25 +799,25 @@ TEST_CASE("a forward pass with the sums of its output, where cuDNN has one") {
 TEST_CASE("deterministic: the first engine that repeats, never timed or taken from the cache") {
   ConvolutionBench bench({}, {.deterministic = true});
   ConvolutionTensors<float> t(kShape);
-  cuda::ConvolutionPlan& plan = bench.convolutions->plan(kShape, ConvolutionPass::forward);
+  cuda::EnginePlan& plan = bench.engines->plan(convolution_graph(kShape, ConvolutionPass::forward));
   CHECK(plan.id() == "eng7_k12=3");
   CHECK(plan.workspace_bytes() == 4096);
   CHECK(bench.fakes.plans_built == 1);
-  plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
+  plan.choose(t.pointers(), bench.stream);
   CHECK(bench.fakes.executions == 0);
-  CHECK(&bench.convolutions->plan(kShape, ConvolutionPass::forward) == &plan);
+  CHECK(&bench.engines->plan(convolution_graph(kShape, ConvolutionPass::forward)) == &plan);
   CHECK(std::filesystem::is_empty(bench.folder.path()));
-  CHECK(contains(bench.convolutions->engines(), "cuDNN 9.24.0; the forward of a convolution"));
-  CHECK(contains(bench.convolutions->engines(), ": eng7_k12=3"));
+  CHECK(contains(bench.engines->describe(), "cuDNN 9.24.0; the forward of a convolution"));
+  CHECK(contains(bench.engines->describe(), ": eng7_k12=3"));
   bench.choice.workspace_limit = 1000;  // eng7 wants more; the fallback does without
   bench.restart();
-  CHECK(bench.convolutions->plan(kShape, ConvolutionPass::forward).id() == "eng0");
+  CHECK(bench.engines->plan(convolution_graph(kShape, ConvolutionPass::forward)).id() == "eng0");
 }
 
 TEST_CASE("layers of one shape share a plan, each with its own memory") {
   ConvolutionBench bench({}, {.deterministic = true});
   ConvolutionTensors<float> first(kShape), second(kShape);
-  cuda::ConvolutionPlan& plan = bench.convolutions->plan(kShape, ConvolutionPass::forward);
+  cuda::EnginePlan& plan = bench.engines->plan(convolution_graph(kShape, ConvolutionPass::forward));
   cuda::check(cudaMemset(second.x.data(), 0, second.hx.size() * sizeof(float)), "a fill");
   cuda::check(cudaMemset(second.w.data(), 0, second.hw.size() * sizeof(float)), "a fill");
   for (const bool other : {false, true, false}) {  // each pointer on its own, then both ways
@@ -817,7 +828,8 @@ TEST_CASE("layers of one shape share a plan, each with its own memory") {
         cuda::check(cudaMemset(tensors->y.data(), 0, tensors->hy.size() * sizeof(float)), "a fill");
         cuda::check(cudaMemset(tensors->workspace.data(), 0, 4096), "a fill");
       }
-      plan.run({t[0]->x.data(), t[1]->w.data(), t[2]->y.data(), t[3]->workspace.data()},
+      plan.run(convolution_pointers(
+                   {t[0]->x.data(), t[1]->w.data(), t[2]->y.data(), t[3]->workspace.data()}),
                bench.stream);
       bench.stream.synchronize();
       const bool zero = t[0] == &second || t[1] == &second;
@@ -832,12 +844,10 @@ TEST_CASE("layers of one shape share a plan, each with its own memory") {
 TEST_CASE("else the fastest that fits, and the next process takes it from the cache") {
   ConvolutionBench bench;
   ConvolutionTensors<float> t(kShape);
-  const auto plan = [&]() -> cuda::ConvolutionPlan& {
-    return bench.convolutions->plan(kShape, ConvolutionPass::forward);
+  const auto plan = [&]() -> cuda::EnginePlan& {
+    return bench.engines->plan(convolution_graph(kShape, ConvolutionPass::forward));
   };
-  const auto choose = [&] {
-    plan().choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
-  };
+  const auto choose = [&] { plan().choose(t.pointers(), bench.stream); };
   CHECK(plan().workspace_bytes() == 4096);  // eng9's GiB is over the limit
   choose();
   CHECK(bench.fakes.executions > 0);
@@ -892,10 +902,11 @@ TEST_CASE("an engine that fails when it is built or run leaves the work to anoth
        {simt::FakeOptions{.broken_engine = 2}, simt::FakeOptions{.uncompiled_engine = 2}}) {
     ConvolutionBench bench(options);
     ConvolutionTensors<float> t(kShape);
-    cuda::ConvolutionPlan& plan = bench.convolutions->plan(kShape, ConvolutionPass::forward);
-    plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
+    cuda::EnginePlan& plan =
+        bench.engines->plan(convolution_graph(kShape, ConvolutionPass::forward));
+    plan.choose(t.pointers(), bench.stream);
     CHECK(plan.id() == "eng7_k12=3");
-    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
+    plan.run(t.pointers(), bench.stream);
     bench.stream.synchronize();
     const std::vector<double> wanted = direct(kShape, ConvolutionPass::forward, t.hx, t.hw, t.hy);
     const std::vector<float> y = t.y.values();
@@ -906,16 +917,16 @@ TEST_CASE("an engine that fails when it is built or run leaves the work to anoth
 TEST_CASE("without TF32, fp32 is left to engines that do not round it") {
   const Environment override("NVIDIA_TF32_OVERRIDE", "0");
   ConvolutionBench bench;
-  CHECK(bench.convolutions->plan(kShape, ConvolutionPass::forward).id() == "eng0");
+  CHECK(bench.engines->plan(convolution_graph(kShape, ConvolutionPass::forward)).id() == "eng0");
   ConvolutionShape half = kShape;
   half.precision = Precision::fp16;
-  CHECK(bench.convolutions->plan(half, ConvolutionPass::forward).id() == "eng2");
+  CHECK(bench.engines->plan(convolution_graph(half, ConvolutionPass::forward)).id() == "eng2");
 }
 
 TEST_CASE("a convolution without an engine names its shape and what was asked") {
   ConvolutionBench bench({.only_nondeterministic = true}, {.deterministic = true});
-  const std::string error =
-      error_of([&] { bench.convolutions->plan(kShape, ConvolutionPass::weight_gradient); });
+  const std::string error = error_of(
+      [&] { bench.engines->plan(convolution_graph(kShape, ConvolutionPass::weight_gradient)); });
   CHECK(contains(error, codes::kBackend));
   CHECK(contains(error,
                  "no deterministic engine for the weight gradient of a convolution [2, 7, 7, "
@@ -923,7 +934,7 @@ TEST_CASE("a convolution without an engine names its shape and what was asked") 
   ConvolutionShape wrong = kShape;
   wrong.out_size = 5;
   const std::string refused =
-      error_of([&] { bench.convolutions->plan(wrong, ConvolutionPass::forward); });
+      error_of([&] { bench.engines->plan(convolution_graph(wrong, ConvolutionPass::forward)); });
   CHECK(contains(refused, "CUDNN_STATUS_BAD_PARAM (a result of 5 pixels)"));
 }
 
@@ -934,10 +945,11 @@ TEST_CASE("convolutions and products are captured and replayed") {
                           4096);
   const DeviceArray<float> product(8 * 16);
   const cuda::ProductShape shape{.m = 8, .n = 16, .k = 4};
-  cuda::ConvolutionPlan& plan = bench.convolutions->plan(kShape, ConvolutionPass::data_gradient);
-  plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
+  cuda::EnginePlan& plan =
+      bench.engines->plan(convolution_graph(kShape, ConvolutionPass::data_gradient));
+  plan.choose(t.pointers(), bench.stream);
   const auto enqueue = [&] {
-    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, bench.stream);
+    plan.run(t.pointers(), bench.stream);
     products.multiply(shape, 1, t.y.data(), t.w.data(), 0, product.data());
   };
   enqueue();
@@ -965,23 +977,25 @@ TEST_CASE("plans are found for a GPU that is not here") {
   simt::FakeLibraries fakes;  // and no device
   const cuda::Cudnn cudnn = fakes.libraries().cudnn;
   {
-    cuda::Convolutions convolutions(cudnn, R"({"deviceVer": 900})");
+    cuda::Engines engines(cudnn, R"({"deviceVer": 900})");
     for (const ConvolutionPass pass : {ConvolutionPass::forward, ConvolutionPass::data_gradient,
                                        ConvolutionPass::weight_gradient}) {
-      const cuda::ConvolutionPlan& plan = convolutions.plan(kShape, pass);
+      const cuda::EnginePlan& plan = engines.plan(convolution_graph(kShape, pass));
       CHECK(plan.id() == "eng7_k12=3");  // the first that repeats
       CHECK(plan.workspace_bytes() == 4096);
     }
     fakes.options.only_nondeterministic = true;
     ConvolutionShape other = kShape;
     other.precision = Precision::fp16;
-    CHECK(contains(error_of([&] { convolutions.plan(other, ConvolutionPass::forward); }),
-                   "no deterministic engine for the forward of a convolution"));
-    CHECK(contains(convolutions.engines(), "eng7_k12=3"));  // of those that were found
+    CHECK(contains(
+        error_of([&] { engines.plan(convolution_graph(other, ConvolutionPass::forward)); }),
+        "no deterministic engine for the forward of a convolution"));
+    CHECK(contains(engines.describe(), "eng7_k12=3"));  // of those that were found
   }
-  cuda::Convolutions convolutions(cudnn, "H100");
-  CHECK(contains(error_of([&] { convolutions.plan(kShape, ConvolutionPass::forward); }),
-                 "properties that are no JSON"));
+  cuda::Engines engines(cudnn, "H100");
+  CHECK(
+      contains(error_of([&] { engines.plan(convolution_graph(kShape, ConvolutionPass::forward)); }),
+               "properties that are no JSON"));
   CHECK(fakes.objects == 0);
 }
 
@@ -992,11 +1006,11 @@ TEST_CASE("handles and descriptors are given back") {
     const cuda::Stream stream;
     const TemporaryFolder folder;
     const Environment cache("XDG_CACHE_HOME", folder.path().string());
-    cuda::Convolutions convolutions(fakes.libraries().cudnn, cuda::ConvolutionChoice{});
+    cuda::Engines engines(fakes.libraries().cudnn, cuda::EngineChoice{});
     ConvolutionTensors<float> t(kShape);
-    cuda::ConvolutionPlan& plan = convolutions.plan(kShape, ConvolutionPass::forward);
-    plan.choose({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, stream);
-    plan.run({t.x.data(), t.w.data(), t.y.data(), t.workspace.data()}, stream);
+    cuda::EnginePlan& plan = engines.plan(convolution_graph(kShape, ConvolutionPass::forward));
+    plan.choose(t.pointers(), stream);
+    plan.run(t.pointers(), stream);
     cuda::Products products(fakes.libraries().cublas_lt, stream.get(), t.workspace.data(), 4096);
     products.multiply({.m = 4, .n = 4, .k = 4}, 1, t.x.data(), t.w.data(), 0, t.y.data());
     stream.synchronize();
