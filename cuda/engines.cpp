@@ -113,8 +113,8 @@ CudnnDescriptor& GraphBuilder::part(cudnn::DescriptorType type) {
   return *parts_.emplace_back(std::make_unique<CudnnDescriptor>(library_, type));
 }
 
-const CudnnDescriptor& GraphBuilder::map(int64_t id, cudnn::DataType type, int64_t n, int64_t c,
-                                         int64_t size) {
+CudnnDescriptor& GraphBuilder::tensor(int64_t id, cudnn::DataType type, int64_t n, int64_t c,
+                                      int64_t size) {
   using cudnn::Attribute;
   using cudnn::AttributeType;
   CudnnDescriptor& made = part(cudnn::DescriptorType::tensor);
@@ -124,8 +124,52 @@ const CudnnDescriptor& GraphBuilder::map(int64_t id, cudnn::DataType type, int64
   // Dimensions are NCHW whatever the order in memory, which is NHWC (and OHWI).
   made.set(Attribute::tensor_dimensions, std::array<int64_t, 4>{n, c, size, size});
   made.set(Attribute::tensor_strides, std::array<int64_t, 4>{size * size * c, 1, size * c, c});
+  return made;
+}
+
+const CudnnDescriptor& GraphBuilder::map(int64_t id, cudnn::DataType type, int64_t n, int64_t c,
+                                         int64_t size) {
+  CudnnDescriptor& made = tensor(id, type, n, c, size);
   made.finalise(what_);
   return made;
+}
+
+const CudnnDescriptor& GraphBuilder::between(cudnn::DataType type, int64_t n, int64_t c,
+                                             int64_t size) {
+  CudnnDescriptor& made = tensor(++last_between_, type, n, c, size);
+  made.set(cudnn::Attribute::tensor_is_virtual, cudnn::AttributeType::boolean, true);
+  made.finalise(what_);
+  return made;
+}
+
+CudnnDescriptor& GraphBuilder::pointwise(cudnn::PointwiseMode mode) {
+  using cudnn::Attribute;
+  using cudnn::AttributeType;
+  CudnnDescriptor& how = part(cudnn::DescriptorType::pointwise);
+  how.set(Attribute::pointwise_mode, AttributeType::pointwise_mode, mode);
+  how.set(Attribute::pointwise_compute_type, AttributeType::data_type, cudnn::DataType::fp32);
+  how.finalise(what_);
+  CudnnDescriptor& operation = part(cudnn::DescriptorType::operation_pointwise);
+  operation.set(Attribute::operation_pointwise_pointwise, how);
+  return operation;
+}
+
+void GraphBuilder::add_pointwise(cudnn::PointwiseMode mode, const CudnnDescriptor& x,
+                                 const CudnnDescriptor* b, const CudnnDescriptor& y) {
+  CudnnDescriptor& operation = pointwise(mode);
+  operation.set(cudnn::Attribute::operation_pointwise_x, x);
+  if (b != nullptr) operation.set(cudnn::Attribute::operation_pointwise_b, *b);
+  operation.set(cudnn::Attribute::operation_pointwise_y, y);
+  add(operation);
+}
+
+void GraphBuilder::add_pointwise_backward(cudnn::PointwiseMode mode, const CudnnDescriptor& dy,
+                                          const CudnnDescriptor& x, const CudnnDescriptor& dx) {
+  CudnnDescriptor& operation = pointwise(mode);
+  operation.set(cudnn::Attribute::operation_pointwise_x, x);
+  operation.set(cudnn::Attribute::operation_pointwise_dy, dy);
+  operation.set(cudnn::Attribute::operation_pointwise_dx, dx);
+  add(operation);
 }
 
 void GraphBuilder::add(CudnnDescriptor& operation) {

@@ -71,7 +71,7 @@ class CudnnDescriptor {
 };
 
 // Tensors of a graph have ids from 1 to this.
-inline constexpr int64_t kMostTensors = 15;
+inline constexpr int64_t kMostTensors = 20;
 
 // What a plan works on: the tensors by id, null where the graph has none, all 16-byte aligned.
 struct EnginePointers {
@@ -88,18 +88,28 @@ class GraphBuilder {
 
   // [n, size, size, c] in memory, of n images, or output channels of weights.
   const CudnnDescriptor& map(int64_t id, cudnn::DataType type, int64_t n, int64_t c, int64_t size);
+  // The same between two operations, which is never in memory.
+  const CudnnDescriptor& between(cudnn::DataType type, int64_t n, int64_t c, int64_t size);
   // To be given attributes, then finalised or added.
   CudnnDescriptor& part(cudnn::DescriptorType type);
   // The next operation. One that this cuDNN does not know, or not here, is no error: no engine is
   // found for the graph then.
   void add(CudnnDescriptor& operation);
+  // y = mode(x, b), b null where the mode takes none; dx from dy and x.
+  void add_pointwise(cudnn::PointwiseMode mode, const CudnnDescriptor& x, const CudnnDescriptor* b,
+                     const CudnnDescriptor& y);
+  void add_pointwise_backward(cudnn::PointwiseMode mode, const CudnnDescriptor& dy,
+                              const CudnnDescriptor& x, const CudnnDescriptor& dx);
 
  private:
   friend class EnginePlan;
+  CudnnDescriptor& tensor(int64_t id, cudnn::DataType type, int64_t n, int64_t c, int64_t size);
+  CudnnDescriptor& pointwise(cudnn::PointwiseMode mode);
   const Cudnn& library_;
   std::string_view what_;
   std::vector<std::unique_ptr<CudnnDescriptor>> parts_;
   std::vector<cudnn::Descriptor> operations_;
+  int64_t last_between_ = kMostTensors;  // ids behind those that have pointers
   bool refused_ = false;
 };
 

@@ -32,6 +32,13 @@ enum class Status : int {
 };
 
 enum class DataType : int { fp32 = 0, fp16 = 2, bf16 = 9 };
+enum class PointwiseMode : int {
+  add = 0,
+  multiply = 1,
+  subtract = 9,
+  relu_forward = 100,
+  relu_backward = 200,
+};
 enum class ConvolutionMode : int { convolution = 0, cross_correlation = 1 };
 enum class HeuristicMode : int { fallback = 2, a = 3 };
 enum class StatisticsMode : int { sum_and_squares = 0 };
@@ -43,6 +50,7 @@ enum class NumericalNote : int {
 };
 
 enum class DescriptorType : int {
+  pointwise = 0,
   convolution = 1,
   engine = 2,
   engine_config = 3,
@@ -52,16 +60,19 @@ enum class DescriptorType : int {
   operation_convolution_forward = 10,
   operation_convolution_backward_filter = 11,
   operation_convolution_backward_data = 12,
+  operation_pointwise = 13,
   operation_statistics = 14,
   operation_graph = 15,
   variant_pack = 16,
   tensor = 17,
+  operation_norm_backward_weights = 23,
   device_properties = 38,  // since 9.8, as its attributes
 };
 
 enum class AttributeType : int {
   handle = 0,
   data_type = 1,
+  boolean = 2,
   int64 = 3,
   fp32 = 4,
   void_pointer = 6,
@@ -69,12 +80,15 @@ enum class AttributeType : int {
   heuristic_mode = 8,
   knob_type = 9,
   numerical_note = 11,
+  pointwise_mode = 14,
   descriptor = 15,
   statistics_mode = 16,
   character = 24,
 };
 
 enum class Attribute : int {
+  pointwise_mode = 0,
+  pointwise_compute_type = 1,
   convolution_compute_type = 100,
   convolution_mode = 101,
   convolution_dilations = 102,
@@ -111,6 +125,12 @@ enum class Attribute : int {
   convolution_backward_filter_dw = 715,
   convolution_backward_filter_x = 716,
   convolution_backward_filter_dy = 717,
+  operation_pointwise_pointwise = 750,
+  operation_pointwise_x = 751,
+  operation_pointwise_b = 752,
+  operation_pointwise_y = 753,
+  operation_pointwise_dx = 756,
+  operation_pointwise_dy = 757,
   statistics_mode = 770,
   statistics_compute_type = 771,
   statistics_x = 772,
@@ -123,11 +143,23 @@ enum class Attribute : int {
   tensor_dimensions = 902,
   tensor_strides = 903,
   tensor_unique_id = 906,
+  tensor_is_virtual = 907,
   variant_pack_unique_ids = 1000,
   variant_pack_data_pointers = 1001,
   variant_pack_workspace = 1003,
   engine_global_index = 1301,
   engine_numerical_notes = 1303,
+  norm_backward_weights_compute_type = 1620,
+  norm_backward_weights_mean = 1621,
+  norm_backward_weights_inverse_deviation = 1622,
+  norm_backward_weights_scale = 1623,
+  norm_backward_weights_x = 1624,
+  norm_backward_weights_dy = 1625,
+  norm_backward_weights_dscale = 1626,
+  norm_backward_weights_dbias = 1627,
+  norm_backward_weights_by_dy = 1628,
+  norm_backward_weights_by_x = 1629,
+  norm_backward_weights_constant = 1630,
   device_properties_json = 2702,
 };
 

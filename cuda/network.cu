@@ -81,6 +81,8 @@ struct Work {
   bool splits = false;     // its output is read on both lanes
   bool merges = false;     // its residual comes from the other lane
   bool pooled = false;     // a batch-norm whose output only a max-pool reads, which then makes it
+  bool applied = false;    // one whose output the convolution that reads it makes, each time
+  bool summed = false;     // one whose parameters' gradients come with that convolution's dx
   // A batch-norm by one kernel keeps what it reads of this many rows; by two if there is none.
   std::optional<int> kept_forward, kept_backward;
   int weight = -1, bias = -1;  // indices of its parameters
@@ -88,7 +90,15 @@ struct Work {
   EnginePlan* forward_with_sums = nullptr;  // where cuDNN has one and a batch-norm follows
   EnginePlan* data = nullptr;
   EnginePlan* weights = nullptr;
-  float* sums = nullptr;  // of the convolution's output, where they come with it
+  // Where cuDNN has them and it reads a batch-norm with ReLU and nothing else does: the same with
+  // what that wants.
+  EnginePlan* norm_forward = nullptr;
+  EnginePlan* norm_weights = nullptr;
+  EnginePlan* norm_data = nullptr;
+  bool with_sums = false;         // whether the forward pass that runs sums its output
+  float* sums = nullptr;          // [2, channels]
+  void* scale_bias = nullptr;     // in T: [2, channels], of a batch-norm that may be applied
+  float* coefficients = nullptr;  // [3, channels], of one that may be summed; not read
   BatchNorm norm{};
   BatchNormGradient norm_gradient{};
   uint8_t* where = nullptr;      // max_pool
@@ -175,7 +185,10 @@ class NetworkOf : public TrainingNetwork {
   std::string engines() const override {
     std::string text = engines_.describe();
     for (size_t i = 0; i < nodes_.size(); ++i)
-      if (work_[i].sums != nullptr) text += "; " + nodes_[i].name + " with sums";
+      for (const auto& [does, what] : {std::pair{work_[i].with_sums, " with sums"},
+                                       std::pair{work_[i].applied, " applied by its reader"},
+                                       std::pair{work_[i].summed, " summed by its reader"}})
+        if (does) text += "; " + nodes_[i].name + what;
     return text;
   }
 
@@ -224,12 +237,16 @@ class NetworkOf : public TrainingNetwork {
     for (size_t i = 0; i < nodes_.size(); ++i) {
       const Work& work = work_[i];
       if (work.forward == nullptr) continue;
-      work.forward->choose(forward_pointers(i, nullptr), stream_);
+      work.forward->choose(forward_pointers(i, false), stream_);
       work.weights->choose(weight_pointers(i), stream_);
       if (work.data != nullptr) work.data->choose(data_pointers(i), stream_);
     }
     for (size_t i = 0; i < nodes_.size(); ++i)
       if (nodes_[i].op == Op::batch_norm) choose_norm(i);
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      if (work_[i].norm_forward != nullptr && work_[i].norm_weights != nullptr) choose_applied(i);
+      if (work_[i].norm_data != nullptr) choose_summed(i);
+    }
     write_tables();
     choose_lanes();
     run_forward();
@@ -353,7 +370,7 @@ class NetworkOf : public TrainingNetwork {
     }
     for (size_t i = 0; i < nodes_.size(); ++i) {
       const Output& output = outputs_[i];
-      if (output.values == nullptr) continue;
+      if (output.values == nullptr || work_[i].applied) continue;
       const auto count = static_cast<size_t>(output.count());
       bool finite;
       if (output.vector) {
@@ -422,6 +439,14 @@ class NetworkOf : public TrainingNetwork {
         work.weights = &engines_.plan(convolution_graph(shape, ConvolutionPass::weight_gradient));
         if (node.input >= 0)
           work.data = &engines_.plan(convolution_graph(shape, ConvolutionPass::data_gradient));
+        if (behind_norm(node)) {
+          const auto find = [&](ConvolutionPass pass) {
+            return engines_.find_plan(convolution_graph(shape, pass));
+          };
+          work.norm_forward = find(ConvolutionPass::norm_forward_with_sums);
+          work.norm_weights = find(ConvolutionPass::norm_weight_gradient);
+          work.norm_data = find(ConvolutionPass::norm_data_gradient);
+        }
         // 16-bit dW: cuDNN's only engines for an fp32 one are fallbacks.
         work.weight = add_parameter(node.name + ".weight", WeightLayout::of(node), true,
                                     std::is_same_v<T, float>);
@@ -462,6 +487,17 @@ class NetworkOf : public TrainingNetwork {
       case Op::global_average_pool:
         break;
     }
+  }
+
+  // Whether a convolution may do some of the batch-norm's work that it reads: one with ReLU, which
+  // nothing else reads, behind another convolution with sums.
+  bool behind_norm(const Node& node) const {
+    if (node.input < 0) return false;
+    const auto at = static_cast<size_t>(node.input);
+    const Node& norm = nodes_[at];
+    return norm.op == Op::batch_norm && norm.activation == Activation::relu && norm.residual < 0 &&
+           !norm.fixed_scale && outputs_[at].readers == 1 &&
+           work_[static_cast<size_t>(norm.input)].forward_with_sums != nullptr;
   }
 
   void plan_pooled() {
@@ -505,7 +541,10 @@ class NetworkOf : public TrainingNetwork {
       need(work.lane, work.forward);
       need(work.lane, work.forward_with_sums);
       need(work.lane, work.data);
+      need(work.lane, work.norm_forward);
+      need(work.lane, work.norm_data);
       need(Lane::weights, work.weights);
+      need(Lane::weights, work.norm_weights);
     }
     for (size_t lane = 0; lane < kLanes; ++lane) {
       memory_[lane].workspace_bytes = bytes[lane];
@@ -545,7 +584,13 @@ class NetworkOf : public TrainingNetwork {
         work.operand = arena.take<T>(output.count());
         break;
       case Op::convolution:
-        if (work.forward_with_sums != nullptr) work.sums = arena.take<float>(2 * output.channels);
+        if (work.forward_with_sums != nullptr || work.norm_forward != nullptr)
+          work.sums = arena.take<float>(2 * output.channels);
+        if (behind_norm(node)) {
+          Work& norm = work_[static_cast<size_t>(node.input)];
+          norm.scale_bias = arena.take<T>(2 * node.in_channels);
+          norm.coefficients = arena.take<float>(3 * node.in_channels);
+        }
         break;
     }
   }
@@ -663,8 +708,8 @@ class NetworkOf : public TrainingNetwork {
       switch (node.op) {
         case Op::convolution:
           fork(work.lane, Lane::weights);
-          work.weights->run(weight_pointers(i), stream_of(Lane::weights));
-          if (work.data != nullptr) work.data->run(data_pointers(i), stream_of(work.lane));
+          run_weight_gradient(i);
+          if (work.data != nullptr) run_data_gradient(i);
           break;
         case Op::batch_norm:
           run_batch_norm_backward(i);
@@ -707,30 +752,70 @@ class NetworkOf : public TrainingNetwork {
         1, work.operand, weight.operand(), 0, work.dx.values);
   }
 
-  EnginePointers forward_pointers(size_t i, float* sums) {
+  EnginePointers forward_pointers(size_t i, bool with_sums) {
     const Work& work = work_[i];
-    Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
-    return convolution_pointers({input_of(i), weight.operand(), outputs_[i].values,
-                                 memory_of(work.lane).workspace, sums,
-                                 sums == nullptr ? nullptr : sums + outputs_[i].channels});
+    return convolution_pointers({input_of(i), weight_of(i).operand(), outputs_[i].values,
+                                 memory_of(work.lane).workspace, with_sums ? work.sums : nullptr,
+                                 with_sums ? work.sums + outputs_[i].channels : nullptr});
   }
   EnginePointers weight_pointers(size_t i) {
-    const Work& work = work_[i];
-    Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
-    return convolution_pointers(
-        {input_of(i), weight.gradient, work.dy[0].values, memory_of(Lane::weights).workspace});
+    return convolution_pointers({input_of(i), weight_of(i).gradient, work_[i].dy[0].values,
+                                 memory_of(Lane::weights).workspace});
   }
   EnginePointers data_pointers(size_t i) {
     const Work& work = work_[i];
-    Parameter& weight = parameters_[static_cast<size_t>(work.weight)];
-    return convolution_pointers(
-        {work.dx.values, weight.operand(), work.dy[0].values, memory_of(work.lane).workspace});
+    return convolution_pointers({work.dx.values, weight_of(i).operand(), work.dy[0].values,
+                                 memory_of(work.lane).workspace});
+  }
+  // The same where the convolution reads a batch-norm and does some of its work.
+  EnginePointers norm_forward_pointers(size_t i) {
+    return applied_norm(forward_pointers(i, true), i);
+  }
+  EnginePointers norm_weight_pointers(size_t i) { return applied_norm(weight_pointers(i), i); }
+  EnginePointers applied_norm(const EnginePointers& pointers, size_t i) {
+    const auto norm = static_cast<size_t>(nodes_[i].input);
+    T* scale = static_cast<T*>(work_[norm].scale_bias);
+    return with_applied_norm(pointers, {input_of(norm), scale, scale + outputs_[norm].channels});
+  }
+  EnginePointers norm_data_pointers(size_t i) {
+    const auto at = static_cast<size_t>(nodes_[i].input);
+    const Work& work = work_[at];
+    return with_norm_gradient(
+        data_pointers(i), {input_of(at), work.norm.mean, work.norm.inverse_deviation,
+                           values_of(work.weight), values_of(work.bias), work.norm_gradient.gamma,
+                           work.norm_gradient.beta, work.coefficients, outputs_[at].channels});
   }
 
+  bool applies_norm(size_t i) const {
+    return nodes_[i].input >= 0 && work_[static_cast<size_t>(nodes_[i].input)].applied;
+  }
   void run_convolution(size_t i) {
     const Work& work = work_[i];
-    (work.sums != nullptr ? work.forward_with_sums : work.forward)
-        ->run(forward_pointers(i, work.sums), stream_of(work.lane));
+    const Stream& stream = stream_of(work.lane);
+    if (applies_norm(i)) {
+      work.norm_forward->run(norm_forward_pointers(i), stream);
+    } else {
+      (work.with_sums ? work.forward_with_sums : work.forward)
+          ->run(forward_pointers(i, work.with_sums), stream);
+    }
+  }
+  void run_weight_gradient(size_t i) {
+    const Work& work = work_[i];
+    const Stream& stream = stream_of(Lane::weights);
+    if (applies_norm(i)) {
+      work.norm_weights->run(norm_weight_pointers(i), stream);
+    } else {
+      work.weights->run(weight_pointers(i), stream);
+    }
+  }
+  void run_data_gradient(size_t i) {
+    const Work& work = work_[i];
+    const Stream& stream = stream_of(work.lane);
+    if (work_[static_cast<size_t>(nodes_[i].input)].summed) {
+      work.norm_data->run(norm_data_pointers(i), stream);
+    } else {
+      work.data->run(data_pointers(i), stream);
+    }
   }
 
   // How batch-norm i runs: by two kernels each way, by one, or forward from sums that come with the
@@ -740,20 +825,18 @@ class NetworkOf : public TrainingNetwork {
     Work& work = work_[i];
     const auto from = static_cast<size_t>(nodes_[i].input);
     Work& before = work_[from];
-    float* const sums = before.sums;
     const auto [forward_rows, backward_rows] =
         outputs_[i].vector ? rows_to_keep<float>(i) : rows_to_keep<T>(i);
-    const auto forward_by = [&](float* from_sums, std::optional<int> kept) {
-      return [&, from_sums, kept] {
-        before.sums = from_sums;
+    const auto forward_by = [&](bool with_sums, std::optional<int> kept) {
+      return [&, with_sums, kept] {
+        before.with_sums = with_sums;
         work.kept_forward = kept;
-        if (from_sums != nullptr)
-          before.forward_with_sums->choose(forward_pointers(from, from_sums), stream_);
+        if (with_sums) before.forward_with_sums->choose(forward_pointers(from, true), stream_);
       };
     };
-    std::vector<Engines::Way> forward{{"two kernels", forward_by(nullptr, {})}};
-    if (forward_rows) forward.push_back({"one kernel", forward_by(nullptr, forward_rows)});
-    if (sums != nullptr) forward.push_back({"sums", forward_by(sums, {})});
+    std::vector<Engines::Way> forward{{"two kernels", forward_by(false, {})}};
+    if (forward_rows) forward.push_back({"one kernel", forward_by(false, forward_rows)});
+    if (before.forward_with_sums != nullptr) forward.push_back({"sums", forward_by(true, {})});
     const std::string what = describe_norm(i);
     engines_.take_fastest("forward of " + what, forward, stream_, [&] {
       if (before.forward != nullptr) run_convolution(from);
@@ -765,6 +848,60 @@ class NetworkOf : public TrainingNetwork {
       backward.push_back({"one kernel", [&] { work.kept_backward = backward_rows; }});
     engines_.take_fastest("backward of " + what, backward, stream_,
                           [&] { run_batch_norm_backward(i); });
+  }
+
+  // Whether convolution i applies the batch-norm before it, whose map then is never written: timed
+  // from the convolution before that one to the batch-norm behind i, to which the sums come with
+  // it, and with the weights' gradient.
+  void choose_applied(size_t i) {
+    const auto norm = static_cast<size_t>(nodes_[i].input);
+    const auto first = static_cast<size_t>(nodes_[norm].input);
+    const auto reader = std::find_if(nodes_.begin(), nodes_.end(), [&](const Node& node) {
+      return node.input == static_cast<int>(i);
+    });
+    if (reader->op != Op::batch_norm) return;
+    const auto last = static_cast<size_t>(reader - nodes_.begin());
+    const bool first_sums = work_[first].with_sums, own_sums = work_[i].with_sums;
+    const auto applied = [&](bool is) {
+      return [&, is] {
+        work_[norm].applied = is;
+        work_[first].with_sums = is || first_sums;
+        work_[i].with_sums = is || own_sums;
+        // What the weights' gradient reads may not be overwritten beside it; the map that is not
+        // written has room.
+        void* dx = is ? outputs_[norm].values : input_of(norm);
+        work_[norm].dx.values = dx;
+        work_[first].dy[0].values = dx;
+        if (!is) return;
+        work_[first].forward_with_sums->choose(forward_pointers(first, true), stream_);
+        work_[i].norm_forward->choose(norm_forward_pointers(i), stream_);
+        work_[i].norm_weights->choose(norm_weight_pointers(i), stream_);
+      };
+    };
+    engines_.take_fastest("applied by " + work_[i].forward->describe() + ": " + describe_norm(norm),
+                          {{"no", applied(false)}, {"yes", applied(true)}}, stream_, [&] {
+                            run_convolution(first);
+                            run_batch_norm(norm);
+                            run_convolution(i);
+                            run_batch_norm(last);
+                            run_weight_gradient(i);
+                          });
+  }
+
+  // Whether the gradients of the batch-norm that convolution i reads come with its data gradient.
+  void choose_summed(size_t i) {
+    const auto norm = static_cast<size_t>(nodes_[i].input);
+    const auto summed = [&](bool is) {
+      return [&, is] {
+        work_[norm].summed = is;
+        if (is) work_[i].norm_data->choose(norm_data_pointers(i), stream_);
+      };
+    };
+    engines_.take_fastest("summed by " + work_[i].data->describe() + ": " + describe_norm(norm),
+                          {{"no", summed(false)}, {"yes", summed(true)}}, stream_, [&] {
+                            run_data_gradient(i);
+                            run_batch_norm_backward(norm);
+                          });
   }
 
   std::string describe_norm(size_t i) const {
@@ -837,8 +974,12 @@ class NetworkOf : public TrainingNetwork {
     const bool relu = node.activation == Activation::relu;
     const BatchNormScratch& scratch = memory_of(work.lane).scratch;
     const cudaStream_t stream = stream_of(work.lane).get();
-    if (const float* sums = work_[static_cast<size_t>(node.input)].sums; sums != nullptr) {
-      batch_norm_forward_from_sums(work.norm, sums, x, residual, y, relu, stream);
+    const Work& before = work_[static_cast<size_t>(node.input)];
+    if (work.applied) {
+      auto* scale = static_cast<N*>(work.scale_bias);
+      batch_norm_to_apply(work.norm, before.sums, scale, scale + work.norm.channels, stream);
+    } else if (before.with_sums) {
+      batch_norm_forward_from_sums(work.norm, before.sums, x, residual, y, relu, stream);
     } else if (work.kept_forward && one_kernel_) {
       batch_norm_forward_whole(work.norm, *work.kept_forward, x, residual, y, relu, scratch,
                                stream);
@@ -861,7 +1002,9 @@ class NetworkOf : public TrainingNetwork {
     const bool relu = node.activation == Activation::relu;
     const BatchNormScratch& scratch = memory_of(work.lane).scratch;
     const cudaStream_t stream = stream_of(work.lane).get();
-    if (work.kept_backward && one_kernel_) {
+    if (work.summed) {
+      batch_norm_backward_from_gradient(work.norm, work.norm_gradient, x, dy, dx, stream);
+    } else if (work.kept_backward && one_kernel_) {
       batch_norm_backward_whole(work.norm, work.norm_gradient, *work.kept_backward, x, y, relu, dy,
                                 dy_other, dx, scratch, stream);
     } else {
@@ -944,6 +1087,7 @@ class NetworkOf : public TrainingNetwork {
     state.good_steps = static_cast<int>(good_steps);
     write_loss_scale(state);
   }
+  Parameter& weight_of(size_t i) { return parameters_[static_cast<size_t>(work_[i].weight)]; }
   Output& input(size_t i) { return outputs_[static_cast<size_t>(nodes_[i].input)]; }
   void* input_of(size_t i) { return nodes_[i].input < 0 ? image_ : input(i).values; }
   float* values_of(int parameter) const {

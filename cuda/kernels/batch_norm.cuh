@@ -16,7 +16,10 @@
 //
 // One kernel forward, where the convolution before it has already summed x and x^2 over the map in
 // the kernel that wrote it: every thread finishes its channels itself. Then
-// variance = mean(x^2) - mean^2, which cancels where a mean is thousands of deviations wide.
+// variance = mean(x^2) - mean^2, which cancels where a mean is thousands of deviations wide. Or no
+// pass over the map at all, where the convolution that reads y makes it from x: it is given scale
+// and beta - scale mean in T. Backward, the convolution's data gradient may come masked and with
+// dgamma and dbeta, and one kernel applies them.
 //
 // Or one kernel each way, where the device holds all its blocks at once (cooperative.cuh): the
 // blocks of a column wait until the last one has finished its channels, then each applies them to
@@ -317,17 +320,14 @@ __global__ void __launch_bounds__(kTileThreads, 2)
       [&](int64_t offset) { return load<width>(x + offset); }, residual, y, relu);
 }
 
-// Statistics from sums [2, channels] of x and of x^2, and y. The blocks of the first rows store
-// what the backward pass wants.
-template <typename T, int width>
-__global__ void __launch_bounds__(kTileThreads, 2)
-    batch_norm_from_sums_kernel(BatchNorm norm, Tiling t, const float* __restrict__ sums,
-                                const T* x, const T* residual, T* y, bool relu) {
-  const Place at = place_in<width>(t);
-  if (!at.active) return;
-  Pack<float, width> mean = load<width>(sums + at.channel);
-  Pack<float, width> squares = load<width>(sums + t.channels + at.channel);
-  const double share = 1.0 / static_cast<double>(t.rows);
+// Mean and squared deviations from sums [2, channels] of x and of x^2.
+template <int width>
+__device__ void statistics_from_sums(const BatchNorm& norm, const float* __restrict__ sums,
+                                     int64_t channel, Pack<float, width>& mean,
+                                     Pack<float, width>& squares) {
+  mean = load<width>(sums + channel);
+  squares = load<width>(sums + norm.channels + channel);
+  const double share = 1.0 / static_cast<double>(norm.rows);
 #pragma unroll
   for (int i = 0; i < width; ++i) {
     // In double, so that nothing but the sums' own rounding is lost.
@@ -335,6 +335,17 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     squares.at[i] = positive(static_cast<float>(squares.at[i] - sum * sum * share));
     mean.at[i] = static_cast<float>(sum * share);
   }
+}
+
+// y by statistics from sums. The blocks of the first rows store what the backward pass wants.
+template <typename T, int width>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    batch_norm_from_sums_kernel(BatchNorm norm, Tiling t, const float* __restrict__ sums,
+                                const T* x, const T* residual, T* y, bool relu) {
+  const Place at = place_in<width>(t);
+  if (!at.active) return;
+  Pack<float, width> mean, squares;
+  statistics_from_sums(norm, sums, at.channel, mean, squares);
   if (blockIdx.y == 0 && at.lane == 0) finish_channels(norm, at.channel, mean, squares);
   AffineValues<width> map({nullptr, norm.gamma, norm.beta}, at.channel);
   const Pack<float, width> inverse = inverse_deviations(norm, squares);
@@ -343,6 +354,23 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   for (int i = 0; i < width; ++i) map.scale.at[i] *= inverse.at[i];
   affine_rows<kWholeRowsInFlight>(
       map, t, at, [&](int64_t offset) { return load<width>(x + offset); }, residual, y, relu);
+}
+
+// The statistics alone, a channel to a thread, and y = applied_scale x + applied_bias for a reader
+// of x. The bias goes with the rounded scale, so that the mean lands on beta whatever the scale's
+// rounding.
+template <typename T>
+__global__ void __launch_bounds__(kTileThreads)
+    batch_norm_to_apply_kernel(BatchNorm norm, const float* __restrict__ sums, T* applied_scale,
+                               T* applied_bias) {
+  const int64_t channel = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  if (channel >= norm.channels) return;
+  Pack<float, 1> mean, squares;
+  statistics_from_sums(norm, sums, channel, mean, squares);
+  finish_channels(norm, channel, mean, squares);
+  const T scale = from_float<T>(norm.scale[channel]);
+  applied_scale[channel] = scale;
+  applied_bias[channel] = from_float<T>(fmaf(-to_float(scale), mean.at[0], norm.beta[channel]));
 }
 
 // Where a thread keeps what it has loaded of its first rows, in the order of the calls of next(). A
@@ -465,6 +493,22 @@ __device__ void reduce_gradient(const BatchNorm& norm, const Tiling& t, const Pl
   store(scratch.sums_x + to, sums[1]);
 }
 
+// by_x and offset of dx, from dgamma and dbeta.
+template <int width>
+__device__ void input_gradient_terms(const BatchNorm& norm, int64_t channel,
+                                     const Pack<float, width>& gamma,
+                                     const Pack<float, width>& beta, Pack<float, width>& slope,
+                                     Pack<float, width>& constant) {
+  const float share = 1.0F / static_cast<float>(norm.rows);
+  const Pack<float, width> inverse = load<width>(norm.inverse_deviation + channel);
+  const Pack<float, width> scale = load<width>(norm.scale + channel);
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    slope.at[i] = -scale.at[i] * inverse.at[i] * gamma.at[i] * share;
+    constant.at[i] = -scale.at[i] * beta.at[i] * share;
+  }
+}
+
 // What the last block of a column makes of all that its blocks have found.
 template <int width>
 __device__ void finish_gradient(const BatchNorm& norm, const BatchNormGradient& gradient,
@@ -486,16 +530,11 @@ __device__ void finish_gradient(const BatchNorm& norm, const BatchNormGradient& 
   }
   sum_lanes<NormSumTag>(t, at.lane, sums);
   if (!at.active || at.lane != 0) return;
-  const float share = 1.0F / static_cast<float>(t.rows);
   const Pack<float, width> inverse = load<width>(norm.inverse_deviation + at.channel);
-  const Pack<float, width> scale = load<width>(norm.scale + at.channel);
   Pack<float, width> gamma, slope, constant;
 #pragma unroll
-  for (int i = 0; i < width; ++i) {
-    gamma.at[i] = sums[1].at[i] * inverse.at[i];
-    slope.at[i] = -scale.at[i] * inverse.at[i] * gamma.at[i] * share;
-    constant.at[i] = -scale.at[i] * sums[0].at[i] * share;
-  }
+  for (int i = 0; i < width; ++i) gamma.at[i] = sums[1].at[i] * inverse.at[i];
+  input_gradient_terms(norm, at.channel, gamma, sums[0], slope, constant);
   store(gradient.beta + at.channel, sums[0]);
   if (gradient.gamma != nullptr) store(gradient.gamma + at.channel, gamma);
   store(scratch.by_x + at.channel, slope);
@@ -524,6 +563,11 @@ struct GradientValues {
       : map({norm.mean, norm.scale, norm.beta}, channel),
         slope(load<width>(scratch.by_x + channel)),
         constant(load<width>(scratch.offsets + channel)) {}
+  __device__ GradientValues(const BatchNorm& norm, const BatchNormGradient& gradient, int channel)
+      : map({norm.mean, norm.scale, norm.beta}, channel) {
+    input_gradient_terms(norm, channel, load<width>(gradient.gamma + channel),
+                         load<width>(gradient.beta + channel), slope, constant);
+  }
 };
 
 // dx of the rows of `at`; row(offset, x, g) gives x and g, which is masked here where that is done
@@ -557,6 +601,22 @@ __global__ void __launch_bounds__(kTileThreads, 2)
   if (!at.active) return;
   input_gradient_rows<mask_from_input, kRowsInFlight>(
       GradientValues<width>(norm, scratch, at.channel), t, at,
+      [&](int64_t offset, Pack<T, width>& x, Pack<T, width>& g) {
+        x = load<width>(maps.x + offset);
+        g = load<width>(maps.dy + offset);
+      },
+      maps.dx);
+}
+
+// dx by the parameters' gradients, which are there; maps.dy is masked.
+template <typename T, int width>
+__global__ void __launch_bounds__(kTileThreads, 2)
+    batch_norm_backward_from_gradient_kernel(BatchNorm norm, BatchNormGradient gradient, Tiling t,
+                                             BackwardMaps<T> maps) {
+  const Place at = place_in<width>(t);
+  if (!at.active) return;
+  input_gradient_rows<false, kRowsInFlight>(
+      GradientValues<width>(norm, gradient, at.channel), t, at,
       [&](int64_t offset, Pack<T, width>& x, Pack<T, width>& g) {
         x = load<width>(maps.x + offset);
         g = load<width>(maps.dy + offset);
@@ -647,6 +707,15 @@ void batch_norm_forward_from_sums(const BatchNorm& norm, const float* sums, cons
   });
 }
 
+// The same without y, which whoever reads x makes of it, applied_scale x + applied_bias.
+template <typename T>
+void batch_norm_to_apply(const BatchNorm& norm, const float* sums, T* applied_scale,
+                         T* applied_bias, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>((norm.channels + kTileThreads - 1) / kTileThreads);
+  launch("batch_norm_to_apply", &batch_norm_to_apply_kernel<T>, dim3(blocks), kTileThreads, stream,
+         norm, sums, applied_scale, applied_bias);
+}
+
 // Calls run(std::integral_constant<ReluMask, mask>).
 template <typename Run>
 auto with_relu_mask(bool relu, bool residual, const Run& run) {
@@ -681,6 +750,20 @@ void batch_norm_backward(const BatchNorm& norm, const BatchNormGradient& gradien
              &batch_norm_backward_kernel<T, width(), mask() == ReluMask::from_input>, t.grid(),
              kTileThreads, stream, norm, t, maps, sums);
     });
+  });
+}
+
+// dx from dy that is already masked, and from the parameters' gradients, which are already there:
+// gamma is trained.
+template <typename T>
+void batch_norm_backward_from_gradient(const BatchNorm& norm, const BatchNormGradient& gradient,
+                                       const T* x, T* dy, T* dx, cudaStream_t stream) {
+  const BackwardMaps<T> maps{x, nullptr, dy, nullptr, dx};
+  with_vector_width<T>(norm.channels, [&](auto width) {
+    const Tiling t = tile<width()>(norm.rows, norm.channels, kElementBlocks);
+    launch("batch_norm_backward_from_gradient",
+           &batch_norm_backward_from_gradient_kernel<T, width()>, t.grid(), kTileThreads, stream,
+           norm, gradient, t, maps);
   });
 }
 

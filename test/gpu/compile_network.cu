@@ -16,6 +16,8 @@ void instantiate() {
   batch_statistics<T>(norm, nullptr, {}, nullptr);
   batch_norm_forward<T>(norm, nullptr, nullptr, nullptr, true, nullptr);
   batch_norm_forward_from_sums<T>(norm, nullptr, nullptr, nullptr, nullptr, true, nullptr);
+  batch_norm_to_apply<T>(norm, nullptr, nullptr, nullptr, nullptr);
+  batch_norm_backward_from_gradient<T>(norm, {}, nullptr, nullptr, nullptr, nullptr);
   batch_norm_backward<T>(norm, {}, nullptr, nullptr, true, nullptr, nullptr, nullptr, {}, nullptr);
   forward_rows_to_keep<T>({}, 2, 64, {});
   backward_rows_to_keep<T>({}, 2, 64, true, true, {});

@@ -30,24 +30,33 @@ struct Counts {
   int passed = 0, failed = 0;
 };
 
-// Every pass that the network trains with, at one batch size; and how many layers have a forward pass
-// with sums, which may be none.
+// Every pass that the network trains with, at one batch size; and how many layers have one that does
+// what a batch-norm beside them wants, which may be none.
 void ask(const cuda::Cudnn& library, const std::string& properties, const std::vector<Node>& nodes,
          int64_t batch, Precision precision, Counts& counts) {
   using Question = std::pair<cuda::ConvolutionShape, ConvolutionPass>;
   std::set<Question> questions;
+  std::set<cuda::ConvolutionShape> behind_norms;
   for (const Node& node : nodes) {
     if (node.op != Op::convolution) continue;
     const cuda::ConvolutionShape shape = cuda::convolution_shape(node, batch, precision);
+    if (node.input >= 0) {
+      const Node& before = nodes[static_cast<size_t>(node.input)];
+      if (before.op == Op::batch_norm && before.residual < 0) behind_norms.insert(shape);
+    }
     questions.insert({shape, ConvolutionPass::forward});
     questions.insert({shape, ConvolutionPass::weight_gradient});
     if (node.input >= 0) questions.insert({shape, ConvolutionPass::data_gradient});
   }
   cuda::Engines engines(library, properties);
+  const auto has = [&](const cuda::ConvolutionShape& shape, ConvolutionPass pass) {
+    return engines.find_plan(convolution_graph(shape, pass)) != nullptr;
+  };
   size_t workspace = 0, forward = 0, with_sums = 0;
   for (const auto& [shape, pass] : questions) {
     try {
-      workspace = std::max(workspace, engines.plan(convolution_graph(shape, pass)).workspace_bytes());
+      workspace =
+          std::max(workspace, engines.plan(convolution_graph(shape, pass)).workspace_bytes());
       ++counts.passed;
     } catch (const Error& error) {
       std::cout << error.what() << '\n';
@@ -55,14 +64,22 @@ void ask(const cuda::Cudnn& library, const std::string& properties, const std::v
     }
     if (pass != ConvolutionPass::forward) continue;
     ++forward;
-    if (engines.find_plan(convolution_graph(shape, ConvolutionPass::forward_with_sums)) != nullptr) ++with_sums;
+    if (has(shape, ConvolutionPass::forward_with_sums)) ++with_sums;
+  }
+  size_t apply = 0, give = 0;
+  for (const cuda::ConvolutionShape& shape : behind_norms) {
+    if (has(shape, ConvolutionPass::norm_forward_with_sums) &&
+        has(shape, ConvolutionPass::norm_weight_gradient))
+      ++apply;
+    if (has(shape, ConvolutionPass::norm_data_gradient)) ++give;
   }
   std::cout << (precision == Precision::fp16   ? "fp16"
                 : precision == Precision::bf16 ? "bf16"
                                                : "fp32")
             << ", batch " << batch << ": " << questions.size() << " passes, at most "
             << cuda::mebibytes(workspace) << " of workspace; sums come with " << with_sums << " of "
-            << forward << " forward passes\n";
+            << forward << " forward passes; of " << behind_norms.size() << " behind a batch-norm "
+            << apply << " can apply it, " << give << " give its parameters' gradients\n";
 }
 
 int run(const std::string& file) {

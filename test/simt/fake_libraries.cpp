@@ -7,7 +7,6 @@
 #include <cstring>
 #include <map>
 #include <memory>
-#include <optional>
 #include <vector>
 
 namespace simt {
@@ -120,6 +119,15 @@ const std::vector<Rule>& rules() {
       {D::tensor, A::tensor_byte_alignment, T::int64, 1},
       {D::tensor, A::tensor_dimensions, T::int64, 4},
       {D::tensor, A::tensor_strides, T::int64, 4},
+      {D::tensor, A::tensor_is_virtual, T::boolean, 1, false},
+      {D::pointwise, A::pointwise_mode, T::pointwise_mode, 1},
+      {D::pointwise, A::pointwise_compute_type, T::data_type, 1},
+      {D::operation_pointwise, A::operation_pointwise_pointwise, T::descriptor, 1},
+      {D::operation_pointwise, A::operation_pointwise_x, T::descriptor, 1},
+      {D::operation_pointwise, A::operation_pointwise_b, T::descriptor, 1, false},
+      {D::operation_pointwise, A::operation_pointwise_y, T::descriptor, 1, false},
+      {D::operation_pointwise, A::operation_pointwise_dx, T::descriptor, 1, false},
+      {D::operation_pointwise, A::operation_pointwise_dy, T::descriptor, 1, false},
       {D::convolution, A::convolution_compute_type, T::data_type, 1},
       {D::convolution, A::convolution_mode, T::convolution_mode, 1},
       {D::convolution, A::convolution_spatial_dimensions, T::int64, 1},
@@ -156,6 +164,18 @@ const std::vector<Rule>& rules() {
       {D::operation_statistics, A::statistics_x, T::descriptor, 1},
       {D::operation_statistics, A::statistics_sum, T::descriptor, 1},
       {D::operation_statistics, A::statistics_squares, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_compute_type, T::data_type, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_mean, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_inverse_deviation,
+       T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_scale, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_x, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_dy, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_dscale, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_dbias, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_by_dy, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_by_x, T::descriptor, 1},
+      {D::operation_norm_backward_weights, A::norm_backward_weights_constant, T::descriptor, 1},
       {D::operation_graph, A::operation_graph_operations, T::descriptor, 0},
       {D::device_properties, A::device_properties_json, T::character, 0},
       {D::engine_heuristic, A::heuristic_operation_graph, T::descriptor, 1},
@@ -172,6 +192,7 @@ const std::vector<Rule>& rules() {
 
 size_t element_bytes(AttributeType type) {
   switch (type) {
+    case AttributeType::boolean:
     case AttributeType::character:
       return 1;
     case AttributeType::handle:
@@ -239,7 +260,12 @@ CudnnStatus set_attribute(cudnn::Descriptor descriptor, Attribute attribute, Att
 struct Tensor {
   int64_t id, n, c, size;
   Type type;
+  bool between;  // operations: never in memory
   size_t count() const { return static_cast<size_t>(n * c * size * size); }
+  bool of_channels(int64_t channels) const { return n == 1 && size == 1 && c == channels; }
+  bool same_shape(const Tensor& other) const {
+    return n == other.n && c == other.c && size == other.size;
+  }
 };
 
 Tensor tensor_of(const Node& node) {
@@ -250,91 +276,196 @@ Tensor tensor_of(const Node& node) {
           node.get<int64_t>(Attribute::tensor_dimensions, 2),
           type == cudnn::DataType::fp16   ? Type::fp16
           : type == cudnn::DataType::bf16 ? Type::bf16
-                                          : Type::fp32};
+                                          : Type::fp32,
+          node.values.contains(Attribute::tensor_is_virtual) &&
+              node.get<bool>(Attribute::tensor_is_virtual)};
 }
 
-enum class Pass : uint8_t { forward, data, filter };
-
-// One graph, understood.
-struct Problem {
-  Pass pass = Pass::forward;
-  Tensor x{}, w{}, y{};
+// One operation, understood. A convolution's tensors are [x, w] to [y], [w, y] to [x] or [x, y] to
+// [w]; a pointwise operation's [x, b] to [y] or [x, dy] to [dx].
+struct Operation {
+  std::string name;
+  std::vector<Tensor> in, out;
   int64_t stride = 1, padding = 0;
   double alpha = 1, beta = 0;
-  std::optional<Tensor> sum{}, squares{};  // of a forward pass, together
 };
 
-std::optional<Pass> pass_of(const Node& operation) {
-  switch (operation.type) {
-    case DescriptorType::operation_convolution_forward:
-      return Pass::forward;
-    case DescriptorType::operation_convolution_backward_data:
-      return Pass::data;
-    case DescriptorType::operation_convolution_backward_filter:
-      return Pass::filter;
-    default:
-      return std::nullopt;
-  }
+bool is_convolution(DescriptorType type) {
+  return type == DescriptorType::operation_convolution_forward ||
+         type == DescriptorType::operation_convolution_backward_data ||
+         type == DescriptorType::operation_convolution_backward_filter;
 }
 
-Problem problem_of(const Node& operation) {
+Operation operation_of(const Node& node) {
   using A = Attribute;
-  Problem p;
-  p.pass = *pass_of(operation);
-  const auto fill = [&](A alpha, A beta, A convolution, A x, A w, A y) {
-    p.alpha = operation.get<float>(alpha);
-    p.beta = operation.get<float>(beta);
-    const Node& geometry = operation.node(convolution);
-    p.stride = geometry.get<int64_t>(A::convolution_filter_strides);
-    p.padding = geometry.get<int64_t>(A::convolution_pre_paddings);
-    p.x = tensor_of(operation.node(x));
-    p.w = tensor_of(operation.node(w));
-    p.y = tensor_of(operation.node(y));
+  Operation made;
+  const auto tensors = [&](const std::vector<A>& attributes) {
+    std::vector<Tensor> list;
+    for (const A attribute : attributes) list.push_back(tensor_of(node.node(attribute)));
+    return list;
   };
-  if (p.pass == Pass::forward)
-    fill(A::convolution_forward_alpha, A::convolution_forward_beta,
-         A::convolution_forward_convolution, A::convolution_forward_x, A::convolution_forward_w,
-         A::convolution_forward_y);
-  if (p.pass == Pass::data)
-    fill(A::convolution_backward_data_alpha, A::convolution_backward_data_beta,
-         A::convolution_backward_data_convolution, A::convolution_backward_data_dx,
-         A::convolution_backward_data_w, A::convolution_backward_data_dy);
-  if (p.pass == Pass::filter)
-    fill(A::convolution_backward_filter_alpha, A::convolution_backward_filter_beta,
-         A::convolution_backward_filter_convolution, A::convolution_backward_filter_x,
-         A::convolution_backward_filter_dw, A::convolution_backward_filter_dy);
-  return p;
-}
-
-int64_t operations_of(const Node& graph) {
-  return graph.values.at(Attribute::operation_graph_operations).count;
-}
-
-Problem problem_of_graph(const Node& graph) {
-  Problem p = problem_of(graph.node(Attribute::operation_graph_operations));
-  if (operations_of(graph) == 2) {
-    const Node& sums = graph.node(Attribute::operation_graph_operations, 1);
-    p.sum = tensor_of(sums.node(Attribute::statistics_sum));
-    p.squares = tensor_of(sums.node(Attribute::statistics_squares));
+  const auto convolution = [&](A alpha, A beta, A geometry) {
+    made.alpha = node.get<float>(alpha);
+    made.beta = node.get<float>(beta);
+    made.stride = node.node(geometry).get<int64_t>(A::convolution_filter_strides);
+    made.padding = node.node(geometry).get<int64_t>(A::convolution_pre_paddings);
+  };
+  switch (node.type) {
+    case DescriptorType::operation_convolution_forward:
+      made.name = "forward";
+      convolution(A::convolution_forward_alpha, A::convolution_forward_beta,
+                  A::convolution_forward_convolution);
+      made.in = tensors({A::convolution_forward_x, A::convolution_forward_w});
+      made.out = tensors({A::convolution_forward_y});
+      break;
+    case DescriptorType::operation_convolution_backward_data:
+      made.name = "data";
+      convolution(A::convolution_backward_data_alpha, A::convolution_backward_data_beta,
+                  A::convolution_backward_data_convolution);
+      made.in = tensors({A::convolution_backward_data_w, A::convolution_backward_data_dy});
+      made.out = tensors({A::convolution_backward_data_dx});
+      break;
+    case DescriptorType::operation_convolution_backward_filter:
+      made.name = "filter";
+      convolution(A::convolution_backward_filter_alpha, A::convolution_backward_filter_beta,
+                  A::convolution_backward_filter_convolution);
+      made.in = tensors({A::convolution_backward_filter_x, A::convolution_backward_filter_dy});
+      made.out = tensors({A::convolution_backward_filter_dw});
+      break;
+    case DescriptorType::operation_statistics:
+      made.name = "sums";
+      made.in = tensors({A::statistics_x});
+      made.out = tensors({A::statistics_sum, A::statistics_squares});
+      break;
+    case DescriptorType::operation_pointwise:
+      switch (node.node(A::operation_pointwise_pointwise)
+                  .get<cudnn::PointwiseMode>(A::pointwise_mode)) {
+        case cudnn::PointwiseMode::add:
+          made.name = "add";
+          break;
+        case cudnn::PointwiseMode::multiply:
+          made.name = "multiply";
+          break;
+        case cudnn::PointwiseMode::subtract:
+          made.name = "subtract";
+          break;
+        case cudnn::PointwiseMode::relu_forward:
+          made.name = "relu";
+          break;
+        case cudnn::PointwiseMode::relu_backward:
+          made.name = "relu-gradient";
+          break;
+      }
+      for (const A input :
+           {A::operation_pointwise_x, A::operation_pointwise_b, A::operation_pointwise_dy})
+        if (node.values.contains(input)) made.in.push_back(tensor_of(node.node(input)));
+      for (const A output : {A::operation_pointwise_y, A::operation_pointwise_dx})
+        if (node.values.contains(output)) made.out.push_back(tensor_of(node.node(output)));
+      break;
+    case DescriptorType::operation_norm_backward_weights:
+      made.name = "norm-gradient";
+      made.in = tensors({A::norm_backward_weights_x, A::norm_backward_weights_dy,
+                         A::norm_backward_weights_mean, A::norm_backward_weights_inverse_deviation,
+                         A::norm_backward_weights_scale});
+      made.out = tensors({A::norm_backward_weights_dscale, A::norm_backward_weights_dbias,
+                          A::norm_backward_weights_by_dy, A::norm_backward_weights_by_x,
+                          A::norm_backward_weights_constant});
+      break;
+    default:
+      made.name = "?";
   }
-  return p;
+  return made;
 }
 
-// Why a second operation does not follow the first; empty where it does.
-std::string fault_of_sums(const Node& convolution, const Node& sums) {
-  using A = Attribute;
-  if (sums.type != DescriptorType::operation_statistics ||
-      convolution.type != DescriptorType::operation_convolution_forward)
-    return "a graph that the fake does not know";
-  const Problem p = problem_of(convolution);
-  if (tensor_of(sums.node(A::statistics_x)).id != p.y.id) return "sums of another tensor";
-  if (sums.get<cudnn::DataType>(A::statistics_compute_type) != cudnn::DataType::fp32)
-    return "sums that are not fp32";
-  for (const A result : {A::statistics_sum, A::statistics_squares}) {
-    const Tensor tensor = tensor_of(sums.node(result));
-    if (tensor.type != Type::fp32 || tensor.n != 1 || tensor.c != p.y.c || tensor.size != 1)
-      return "sums that are not a number for each channel";
+std::vector<Operation> operations_of(const Node& graph) {
+  std::vector<Operation> operations;
+  const int64_t count = graph.values.at(Attribute::operation_graph_operations).count;
+  for (int64_t i = 0; i < count; ++i)
+    operations.push_back(
+        operation_of(graph.node(Attribute::operation_graph_operations, static_cast<size_t>(i))));
+  return operations;
+}
+
+// The engines of mode A by the operations of a graph; those of a convolution alone depend on more.
+const std::map<std::string, std::vector<int64_t>>& known_graphs() {
+  static const std::map<std::string, std::vector<int64_t>> known{
+      {"forward", {}},
+      {"data", {}},
+      {"filter", {}},
+      {"forward sums", {5, 12}},
+      {"multiply add relu forward sums", {21}},
+      {"multiply add relu filter", {22}},
+      {"data subtract multiply multiply add relu-gradient norm-gradient", {23}},
+  };
+  return known;
+}
+std::string signature(const std::vector<Operation>& operations) {
+  std::string text;
+  for (const Operation& operation : operations) text += (text.empty() ? "" : " ") + operation.name;
+  return text;
+}
+
+// Why the tensors of an operation do not fit each other; empty where they do.
+std::string fault_of(const Operation& o) {
+  if (o.name == "forward" || o.name == "data" || o.name == "filter") {
+    const Tensor& x = o.name == "data" ? o.out[0] : o.in[0];
+    const Tensor& w = o.name == "forward" ? o.in[1] : o.name == "data" ? o.in[0] : o.out[0];
+    const Tensor& y = o.name == "forward" ? o.out[0] : o.in[1];
+    if (o.beta != 0) return "the fake adds to no result";
+    if (x.n != y.n || w.n != y.c || w.c != x.c) return "tensors of other shapes";
+    if (y.size != (x.size + 2 * o.padding - w.size) / o.stride + 1)
+      return "a result of " + std::to_string(y.size) + " pixels";
+    return {};
   }
+  if (o.name == "sums" || o.name == "norm-gradient") {
+    const int64_t channels = o.in[0].c;
+    for (const Tensor& result : o.out)
+      if (!result.of_channels(channels) || result.type != Type::fp32)
+        return "results that are not an fp32 number for each channel";
+    if (o.name == "sums") return {};
+    if (!o.in[1].same_shape(o.in[0])) return "a gradient of another shape";
+    for (size_t i = 2; i < o.in.size(); ++i)
+      if (!o.in[i].of_channels(channels) || o.in[i].type != Type::fp32)
+        return "statistics that are not an fp32 number for each channel";
+    return {};
+  }
+  const size_t operands = o.name == "relu" ? 1 : 2;
+  if (o.in.size() != operands || o.out.size() != 1) return "an operand too many or too few";
+  if (!o.out[0].same_shape(o.in[0])) return "a result of another shape";
+  if (operands == 2 && !o.in[1].same_shape(o.in[0]) && !o.in[1].of_channels(o.in[0].c))
+    return "an operand of another shape";
+  return {};
+}
+
+std::string fault_of_graph(const std::vector<Operation>& operations) {
+  if (!known_graphs().contains(signature(operations))) return "a graph that the fake does not know";
+  std::map<int64_t, bool> made;  // by id, whether there is a value already
+  for (const Operation& operation : operations) {
+    for (const Tensor& tensor : operation.in) {
+      if (tensor.between && !made.contains(tensor.id))
+        return "an operation before the one that it waits for";
+    }
+    for (const Tensor& tensor : operation.out) {
+      if (made[tensor.id]) return "a tensor that two operations write";
+      made[tensor.id] = true;
+    }
+  }
+  return {};
+}
+
+// What engines of Hopper do not take, though the graph is one.
+std::string refusal_of_graph(const std::vector<Operation>& operations) {
+  if (known_graphs().at(signature(operations)).empty()) return {};
+  for (const Operation& operation : operations)
+    for (const std::vector<Tensor>* tensors : {&operation.in, &operation.out})
+      for (const Tensor& tensor : *tensors) {
+        if (tensor.between) continue;
+        if (tensor.n > 1 && tensor.type != Type::fp16) return "a map that is not fp16";
+        if (tensor.c % 8 != 0) return "channels that are no multiple of eight";
+        if (operations.front().name == "multiply" && operation.name != "sums" && tensor.n == 1 &&
+            tensor.type != Type::fp16)
+          return "a scale or bias that is not fp16";
+      }
   return {};
 }
 
@@ -371,20 +502,24 @@ std::string fault_of(const Node& node) {
         return "the fake knows the same stride and padding on all sides only";
     }
   }
-  if (pass_of(node)) {
-    const Problem p = problem_of(node);
-    if (p.beta != 0) return "the fake adds to no result";
-    if (p.x.n != p.y.n || p.w.n != p.y.c || p.w.c != p.x.c) return "tensors of other shapes";
-    if (p.y.size != (p.x.size + 2 * p.padding - p.w.size) / p.stride + 1)
-      return "a result of " + std::to_string(p.y.size) + " pixels";
+  if (node.type == DescriptorType::pointwise &&
+      node.get<cudnn::DataType>(A::pointwise_compute_type) != cudnn::DataType::fp32)
+    return "arithmetic that is not fp32";
+  if (node.type == DescriptorType::operation_statistics &&
+      node.get<cudnn::DataType>(A::statistics_compute_type) != cudnn::DataType::fp32)
+    return "sums that are not fp32";
+  if (node.type == DescriptorType::operation_norm_backward_weights &&
+      node.get<cudnn::DataType>(A::norm_backward_weights_compute_type) != cudnn::DataType::fp32)
+    return "arithmetic that is not fp32";
+  if (is_convolution(node.type) || node.type == DescriptorType::operation_pointwise ||
+      node.type == DescriptorType::operation_statistics ||
+      node.type == DescriptorType::operation_norm_backward_weights) {
+    const std::string fault = fault_of(operation_of(node));
+    if (!fault.empty()) return fault;
   }
   if (node.type == DescriptorType::operation_graph) {
-    const Node& first = node.node(A::operation_graph_operations);
-    if (!pass_of(first) || operations_of(node) > 2) return "a graph that the fake does not know";
-    if (operations_of(node) == 2) {
-      const std::string fault = fault_of_sums(first, node.node(A::operation_graph_operations, 1));
-      if (!fault.empty()) return fault;
-    }
+    const std::string fault = fault_of_graph(operations_of(node));
+    if (!fault.empty()) return fault;
   }
   if (node.type == DescriptorType::device_properties) {
     const std::vector<char>& json = node.values.at(A::device_properties_json).bytes;
@@ -411,9 +546,9 @@ CudnnStatus finalise(cudnn::Descriptor descriptor) {
   const std::string fault = fault_of(node);
   if (!fault.empty()) return refuse(CudnnStatus::bad_parameter, fault);
   if (node.type == DescriptorType::engine_heuristic) {
-    const Problem p = problem_of_graph(node.node(Attribute::heuristic_operation_graph));
-    if (p.sum && p.y.type != Type::fp16)
-      return refuse(CudnnStatus::not_supported, "sums of a type that is not fp16");
+    const std::string refusal =
+        refusal_of_graph(operations_of(node.node(Attribute::heuristic_operation_graph)));
+    if (!refusal.empty()) return refuse(CudnnStatus::not_supported, refusal);
   }
   if (node.type == DescriptorType::execution_plan) {
     ++fakes().plans_built;
@@ -433,14 +568,16 @@ size_t workspace_of(int64_t engine) {
 }
 double microseconds_of(int64_t engine) {
   if (engine == 5) return fakes().options.sums_microseconds;
+  if (engine > 20) return fakes().options.norm_microseconds;
   return engine == 9 ? 1 : engine == 2 ? 5 : engine == 7 ? 10 : 50;
 }
 
 std::vector<int64_t> engines_of(const Node& heuristic) {
   const bool fallback = heuristic.get<cudnn::HeuristicMode>(Attribute::heuristic_mode) ==
                         cudnn::HeuristicMode::fallback;
-  if (operations_of(heuristic.node(Attribute::heuristic_operation_graph)) == 2)
-    return fallback ? std::vector<int64_t>{} : std::vector<int64_t>{5, 12};
+  const std::vector<int64_t>& fused = known_graphs().at(
+      signature(operations_of(heuristic.node(Attribute::heuristic_operation_graph))));
+  if (!fused.empty()) return fallback ? std::vector<int64_t>{} : fused;
   if (fakes().options.only_nondeterministic)
     return fallback ? std::vector<int64_t>{} : std::vector<int64_t>{2};
   return fallback ? std::vector<int64_t>{0, 2} : std::vector<int64_t>{2, 7, 9, 11};
@@ -523,52 +660,135 @@ CudnnStatus get_attribute(cudnn::Descriptor descriptor, Attribute attribute, Att
 // Every pass walks the pairs of input and output pixels that a filter element joins; the innermost
 // loop runs over neighbouring channels.
 template <typename Visit>
-void for_each_tap(const Problem& p, const Visit& visit) {
-  for (int64_t n = 0; n < p.x.n; ++n)
-    for (int64_t oy = 0; oy < p.y.size; ++oy)
-      for (int64_t ox = 0; ox < p.y.size; ++ox)
-        for (int64_t r = 0; r < p.w.size; ++r)
-          for (int64_t s = 0; s < p.w.size; ++s) {
-            const int64_t iy = oy * p.stride - p.padding + r, ix = ox * p.stride - p.padding + s;
-            if (iy < 0 || ix < 0 || iy >= p.x.size || ix >= p.x.size) continue;
-            visit((n * p.y.size + oy) * p.y.size + ox, (n * p.x.size + iy) * p.x.size + ix,
-                  r * p.w.size + s);
+void for_each_tap(const Operation& o, const Tensor& x, const Tensor& w, const Tensor& y,
+                  const Visit& visit) {
+  for (int64_t n = 0; n < x.n; ++n)
+    for (int64_t oy = 0; oy < y.size; ++oy)
+      for (int64_t ox = 0; ox < y.size; ++ox)
+        for (int64_t r = 0; r < w.size; ++r)
+          for (int64_t s = 0; s < w.size; ++s) {
+            const int64_t iy = oy * o.stride - o.padding + r, ix = ox * o.stride - o.padding + s;
+            if (iy < 0 || ix < 0 || iy >= x.size || ix >= x.size) continue;
+            visit((n * y.size + oy) * y.size + ox, (n * x.size + iy) * x.size + ix, r * w.size + s);
           }
 }
 
-void convolve(const Problem& p, const void* x, const void* w, const void* y,
-              std::vector<double>& out) {
-  const int64_t channels = p.x.c, filters = p.y.c, taps = p.w.size * p.w.size;
-  if (p.pass == Pass::forward) {
-    const std::vector<float> in = load(x, p.x.type, p.x.count());
-    const std::vector<float> weights = load(w, p.w.type, p.w.count());
-    std::vector<float> by_filter(weights.size());  // [tap, channel, filter]
+using Values = std::vector<float>;
+
+std::vector<double> convolve(const Operation& o, const Values& first, const Values& second) {
+  std::vector<double> out(o.out[0].count());
+  if (o.name == "forward") {
+    const Tensor &x = o.in[0], &w = o.in[1], &y = o.out[0];
+    const int64_t channels = x.c, filters = y.c, taps = w.size * w.size;
+    Values by_filter(second.size());  // [tap, channel, filter]
     for (int64_t k = 0; k < filters; ++k)
       for (int64_t i = 0; i < taps * channels; ++i)
         by_filter[static_cast<size_t>(i * filters + k)] =
-            weights[static_cast<size_t>(k * taps * channels + i)];
-    for_each_tap(p, [&](int64_t to, int64_t from, int64_t tap) {
+            second[static_cast<size_t>(k * taps * channels + i)];
+    for_each_tap(o, x, w, y, [&](int64_t to, int64_t from, int64_t tap) {
       double* sums = out.data() + to * filters;
       for (int64_t c = 0; c < channels; ++c) {
-        const double value = in[static_cast<size_t>(from * channels + c)];
+        const double value = first[static_cast<size_t>(from * channels + c)];
         const float* row = by_filter.data() + (tap * channels + c) * filters;
         for (int64_t k = 0; k < filters; ++k) sums[k] += value * row[k];
       }
     });
   } else {
-    const std::vector<float> gradient = load(y, p.y.type, p.y.count());
-    const bool data = p.pass == Pass::data;
-    const std::vector<float> other =
-        data ? load(w, p.w.type, p.w.count()) : load(x, p.x.type, p.x.count());
-    for_each_tap(p, [&](int64_t to, int64_t from, int64_t tap) {
+    const bool data = o.name == "data";
+    const Tensor &x = data ? o.out[0] : o.in[0], &w = data ? o.in[0] : o.out[0], &y = o.in[1];
+    const int64_t channels = x.c, filters = y.c, taps = w.size * w.size;
+    for_each_tap(o, x, w, y, [&](int64_t to, int64_t from, int64_t tap) {
       for (int64_t k = 0; k < filters; ++k) {
-        const double value = gradient[static_cast<size_t>(to * filters + k)];
+        const double value = second[static_cast<size_t>(to * filters + k)];
         const int64_t filter = (k * taps + tap) * channels, pixel = from * channels;
         double* sums = out.data() + (data ? pixel : filter);
-        const float* row = other.data() + (data ? filter : pixel);
+        const float* row = first.data() + (data ? filter : pixel);
         for (int64_t c = 0; c < channels; ++c) sums[c] += value * row[c];
       }
     });
+  }
+  for (double& value : out) value *= o.alpha;
+  return out;
+}
+
+std::vector<double> pointwise(const Operation& o, const std::vector<const Values*>& in) {
+  const auto channels = static_cast<size_t>(o.in[0].c);
+  std::vector<double> out(in[0]->size());
+  for (size_t i = 0; i < out.size(); ++i) {
+    const double x = (*in[0])[i];
+    const double b = in.size() < 2                 ? 0
+                     : in[1]->size() == out.size() ? (*in[1])[i]
+                                                   : (*in[1])[i % channels];
+    out[i] = o.name == "add"        ? x + b
+             : o.name == "multiply" ? x * b
+             : o.name == "subtract" ? x - b
+             : o.name == "relu"     ? std::max(x, 0.0)
+                                    : (x > 0 ? b : 0);
+  }
+  return out;
+}
+
+// [sums, sums of squares] of every channel.
+std::vector<std::vector<double>> channel_sums(const Values& x, size_t channels) {
+  std::vector<std::vector<double>> sums(2, std::vector<double>(channels));
+  for (size_t i = 0; i < x.size(); ++i) {
+    sums[0][i % channels] += x[i];
+    sums[1][i % channels] += static_cast<double>(x[i]) * x[i];
+  }
+  return sums;
+}
+
+// dgamma, dbeta, and dx = by_dy dy + by_x x + constant.
+std::vector<std::vector<double>> norm_gradient(const std::vector<const Values*>& in) {
+  const Values &x = *in[0], &dy = *in[1], &mean = *in[2], &inverse = *in[3], &scale = *in[4];
+  const size_t channels = mean.size();
+  std::vector<std::vector<double>> out(5, std::vector<double>(channels));
+  for (size_t i = 0; i < x.size(); ++i) {
+    const size_t c = i % channels;
+    out[0][c] += static_cast<double>(dy[i]) * (x[i] - mean[c]) * inverse[c];
+    out[1][c] += dy[i];
+  }
+  const double share = static_cast<double>(channels) / static_cast<double>(x.size());
+  for (size_t c = 0; c < channels; ++c) {
+    out[2][c] = static_cast<double>(scale[c]) * inverse[c];
+    out[3][c] = -out[2][c] * inverse[c] * out[0][c] * share;
+    out[4][c] = -out[2][c] * out[1][c] * share - out[3][c] * mean[c];
+  }
+  return out;
+}
+
+// Runs the operations one after the other. What one leaves for another is not rounded to the type
+// of its tensor, as the real kernels' accumulators are not.
+void evaluate(const std::vector<Operation>& operations, const std::map<int64_t, void*>& pointers,
+              bool noisy) {
+  std::map<int64_t, Values> values;
+  for (const Operation& o : operations) {
+    std::vector<const Values*> in;
+    for (const Tensor& tensor : o.in) {
+      auto found = values.find(tensor.id);
+      if (found == values.end())
+        found = values.emplace(tensor.id, load(pointers.at(tensor.id), tensor.type, tensor.count()))
+                    .first;
+      in.push_back(&found->second);
+    }
+    std::vector<std::vector<double>> out;
+    if (o.name == "forward" || o.name == "data" || o.name == "filter") {
+      out = {convolve(o, *in[0], *in[1])};
+    } else if (o.name == "sums") {
+      out = channel_sums(*in[0], static_cast<size_t>(o.in[0].c));
+    } else if (o.name == "norm-gradient") {
+      out = norm_gradient(in);
+    } else {
+      out = {pointwise(o, in)};
+    }
+    for (size_t t = 0; t < out.size(); ++t) {
+      const Tensor& tensor = o.out[t];
+      values[tensor.id] = Values(out[t].begin(), out[t].end());
+      if (tensor.between) continue;
+      void* const to = pointers.at(tensor.id);
+      for (size_t i = 0; i < out[t].size(); ++i)
+        store(to, tensor.type, i, out[t][i] * (noisy ? noise(tensor.type) : 1));
+    }
   }
 }
 
@@ -582,30 +802,31 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
     return refuse(CudnnStatus::not_finalised, "an execution of unfinalised descriptors");
   if (handle == nullptr) return refuse(CudnnStatus::bad_parameter, "an execution without a handle");
   const cudaStream_t stream = reinterpret_cast<CudnnHandle*>(handle)->stream;
-  const Problem p = problem_of_graph(*plan.graph);
-  bool missing = false;
-  const auto pointer = [&](const Tensor& tensor) -> void* {
-    for (int64_t i = 0; i < pack.values.at(Attribute::variant_pack_unique_ids).count; ++i) {
-      if (pack.get<int64_t>(Attribute::variant_pack_unique_ids, static_cast<size_t>(i)) !=
-          tensor.id)
-        continue;
-      void* address =
-          pack.get<void*>(Attribute::variant_pack_data_pointers, static_cast<size_t>(i));
-      Device::current->check_address(address, tensor.count() * bytes_of(tensor.type),
-                                     "cuDNN, for tensor " + std::to_string(tensor.id) + ",");
-      if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
-        throw Fault("a tensor that is not aligned to 16 bytes");
-      return address;
+  std::vector<Operation> operations = operations_of(*plan.graph);
+  std::map<int64_t, void*> pointers;
+  for (int64_t i = 0; i < pack.values.at(Attribute::variant_pack_unique_ids).count; ++i)
+    pointers[pack.get<int64_t>(Attribute::variant_pack_unique_ids, static_cast<size_t>(i))] =
+        pack.get<void*>(Attribute::variant_pack_data_pointers, static_cast<size_t>(i));
+  size_t used = 0;
+  std::map<int64_t, bool> seen;
+  for (const Operation& operation : operations) {
+    for (const std::vector<Tensor>* tensors : {&operation.in, &operation.out}) {
+      for (const Tensor& tensor : *tensors) {
+        if (tensor.between || seen[tensor.id]) continue;
+        seen[tensor.id] = true;
+        if (!pointers.contains(tensor.id))
+          return refuse(CudnnStatus::bad_parameter, "a tensor without a pointer");
+        ++used;
+        const void* address = pointers.at(tensor.id);
+        Device::current->check_address(address, tensor.count() * bytes_of(tensor.type),
+                                       "cuDNN, for tensor " + std::to_string(tensor.id) + ",");
+        if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+          throw Fault("a tensor that is not aligned to 16 bytes");
+      }
     }
-    missing = true;
-    return nullptr;
-  };
-  void* w = pointer(p.w);
-  void* y = pointer(p.y);
-  void* x = pointer(p.x);
-  void* sum = p.sum ? pointer(*p.sum) : nullptr;
-  void* squares = p.squares ? pointer(*p.squares) : nullptr;
-  if (missing) return refuse(CudnnStatus::bad_parameter, "a tensor without a pointer");
+  }
+  if (used != pointers.size())
+    return refuse(CudnnStatus::bad_parameter, "a pointer without a tensor");
   void* workspace = pack.get<void*>(Attribute::variant_pack_workspace);
   const size_t workspace_bytes = workspace_of(plan.engine);
   if (workspace_bytes > 0)
@@ -617,25 +838,8 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
   const bool noisy = plan.engine == 2;
   enqueue_in_two(
       stream, workspace, workspace_bytes,
-      [=] {
-        const Tensor& result = p.pass == Pass::forward ? p.y : p.pass == Pass::data ? p.x : p.w;
-        std::vector<double> out(result.count());
-        convolve(p, x, w, y, out);
-        void* to = p.pass == Pass::forward ? y : p.pass == Pass::data ? x : w;
-        for (size_t i = 0; i < out.size(); ++i)
-          store(to, result.type, i, p.alpha * out[i] * (noisy ? noise(result.type) : 1));
-        if (!p.sum) return;
-        // Of what was not rounded yet, as the real kernel's accumulators.
-        const auto channels = static_cast<size_t>(p.y.c);
-        std::vector<double> sums(channels), square_sums(channels);
-        for (size_t i = 0; i < out.size(); ++i) {
-          sums[i % channels] += out[i];
-          square_sums[i % channels] += out[i] * out[i];
-        }
-        for (size_t c = 0; c < channels; ++c) {
-          store(sum, Type::fp32, c, sums[c]);
-          store(squares, Type::fp32, c, square_sums[c]);
-        }
+      [operations = std::move(operations), pointers = std::move(pointers), noisy] {
+        evaluate(operations, pointers, noisy);
       },
       microseconds_of(plan.engine));
   return CudnnStatus::success;

@@ -10,10 +10,12 @@
 //              eng9, fastest, 1 GiB of workspace;
 //              eng11, whose plan is never supported;
 //   fallback:  eng0, slowest, deterministic, no workspace.
-// A forward pass with sums is another graph, of fp16 alone as on Hopper, and has one engine: eng5,
-// no workspace, mode A. It makes no handle without a device, but plans for one whose properties it
-// is given. The fake cuBLASLt picks an algorithm with noise in its last bit when in-place split
-// sums are allowed, and refuses operands less aligned than its preference promised.
+// Graphs of several operations are of fp16 alone, as on Hopper, with no workspace and in mode A: a
+// forward pass with sums has eng5 and eng12; the passes that do work of the batch-norm before the
+// convolution have eng21 (forward), eng22 (weights' gradient) and eng23 (data gradient). It makes
+// no handle without a device, but plans for one whose properties it is given. The fake cuBLASLt
+// picks an algorithm with noise in its last bit when in-place split sums are allowed, and refuses
+// operands less aligned than its preference promised.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +32,7 @@ struct FakeOptions {
   int64_t broken_engine = -1;      // an engine whose plans fail when they are run
   int64_t uncompiled_engine = -1;  // and one whose plans fail when they are built
   double sums_microseconds = 4;    // of eng5: less than eng2's 5, and a kernel follows either
+  double norm_microseconds = 100;  // of eng21, eng22 and eng23
   std::string without{};           // a function that the libraries lack
 };
 

@@ -469,7 +469,48 @@ TEST_CASE_TEMPLATE("batch-norm: forward from sums over the map", T, OPERAND_TYPE
                   8 * kSumError * largest_scale + of_scale, "y");
       f.check();
       check_guards(given, x, residual, y);
+      if (c.fixed_scale) continue;
+
+      // The same statistics for whoever applies the batch-norm to x.
+      NormFixture<T> g(s, false);
+      Array<T> applied_scale(s.width(), "applied scale"), applied_bias(s.width(), "applied bias");
+      cuda::batch_norm_to_apply<T>(g.norm(), given.data(), applied_scale.data(),
+                                   applied_bias.data(), nullptr);
+      CHECK(g.mean.values() == f.mean.values());
+      CHECK(g.inverse.values() == f.inverse.values());
+      CHECK(g.scale.values() == f.scale.values());
+      CHECK(g.running_mean.values() == f.running_mean.values());
+      CHECK(g.running_variance.values() == f.running_variance.values());
+      const Vector scales = values_of(f.scale), means = values_of(f.mean);
+      const Vector rounded = values_of(applied_scale);
+      Vector bias;
+      for (size_t k = 0; k < s.width(); ++k)
+        bias.push_back(f.beta_values[k] - rounded[k] * means[k]);
+      check_close(rounded, scales, kRounding<T>, 0, "applied scale");
+      check_close(values_of(applied_bias), bias, kRounding<T>, kSumError * largest_scale,
+                  "applied bias");
+      g.check();
+      check_guards(applied_scale, applied_bias);
     }
+  }
+}
+
+TEST_CASE_TEMPLATE("batch-norm: backward by parameter gradients that are there", T, OPERAND_TYPES) {
+  for (const Shape& s : {Shape{2, 8}, Shape{7, 25}, Shape{130, 10}, Shape{300, 72}}) {
+    CAPTURE(s.rows);
+    CAPTURE(s.channels);
+    // What two kernels find of a dy that is masked already, and then the one by their sums.
+    NormFixture<T> f(s, false);
+    Array<T> x(normal(s.count(), 1, 0.5, 2), "x"), dy(normal(s.count(), 3), "dy");
+    Array<T> wanted(s.count(), "wanted"), dx(s.count(), "dx");
+    cuda::batch_statistics<T>(f.norm(), x.data(), f.scratch(), nullptr);
+    cuda::batch_norm_backward<T>(f.norm(), f.gradient(), x.data(), nullptr, false, dy.data(),
+                                 nullptr, wanted.data(), f.scratch(), nullptr);
+    cuda::batch_norm_backward_from_gradient<T>(f.norm(), f.gradient(), x.data(), dy.data(),
+                                               dx.data(), nullptr);
+    CHECK(values_of(dx) == values_of(wanted));
+    f.check();
+    check_guards(x, dy, wanted, dx);
   }
 }
 
