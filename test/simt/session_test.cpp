@@ -416,52 +416,49 @@ TEST_CASE("CUDA: a session says which plans its convolutions run") {
 }
 
 #ifdef HARDMINE_SIMT  // needs the fake's times
+// A session whose plans and ways are timed, on fakes with such times.
+struct TimedCase {
+  Precision precision;
+  bool deterministic;
+  double microseconds;
+  bool wanted;
+};
+std::string engines_of(Gpu& gpu, const TimedCase& c) {
+  Execution execution = in(c.precision);
+  execution.deterministic = c.deterministic;
+  return cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries)->engines();
+}
+
 TEST_CASE("CUDA: statistics come with the convolution where that is faster, and bits may differ") {
   const Environment cache("XDG_CACHE_HOME", "/dev/null");
-  for (const double microseconds : {4.0, 6.0}) {
-    for (const Precision precision : {Precision::fp16, Precision::bf16, Precision::fp32}) {
-      for (const bool deterministic : {false, true}) {
-        Gpu gpu;
-        gpu.fakes.options.sums_microseconds = microseconds;
-        Execution execution = in(precision);
-        execution.deterministic = deterministic;
-        const auto session =
-            cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
-        size_t with_sums = 0;
-        for (const Node& node : small())
-          if (session->engines().find("; " + node.name + " with sums") != std::string::npos)
-            ++with_sums;
-        const bool wanted = precision == Precision::fp16 && !deterministic && microseconds == 4.0;
-        CHECK(with_sums ==
-              (wanted ? 5 : 0));  // every convolution's but the stem's, which is pooled
-      }
-    }
+  for (const TimedCase& c : {TimedCase{Precision::fp16, false, 4, true},
+                             {Precision::fp16, false, 6, false},
+                             {Precision::fp16, true, 4, false},
+                             {Precision::bf16, false, 4, false},
+                             {Precision::fp32, false, 4, false}}) {
+    Gpu gpu;
+    gpu.fakes.options.sums_microseconds = c.microseconds;
+    const std::string engines = engines_of(gpu, c);
+    size_t with_sums = 0;
+    for (const Node& node : small())
+      if (engines.find("; " + node.name + " with sums") != std::string::npos) ++with_sums;
+    // Every convolution's but the stem's, which is pooled.
+    CHECK(with_sums == (c.wanted ? 5 : 0));
   }
 }
 
 TEST_CASE("CUDA: convolutions do the work of the batch-norm before them where that is faster") {
   const Environment cache("XDG_CACHE_HOME", "/dev/null");
-  for (const double microseconds : {1.0, 100.0}) {
-    for (const Precision precision : {Precision::fp16, Precision::bf16}) {
-      for (const bool deterministic : {false, true}) {
-        Gpu gpu;
-        gpu.fakes.options.norm_microseconds = microseconds;
-        Execution execution = in(precision);
-        execution.deterministic = deterministic;
-        const auto session =
-            cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
-        const std::string engines = session->engines();
-        const bool wanted = precision == Precision::fp16 && !deterministic && microseconds == 1.0;
-        for (const char* norm : {"a.bn1", "b.bn1"}) {
-          for (const char* what : {" applied by its reader", " summed by its reader"})
-            CHECK((engines.find(std::string("; ") + norm + what) != std::string::npos) == wanted);
-        }
-        // What trains with them: the reference test of the network compares every number.
-        FixedBatch batch(4, kSize, 7);
-        std::vector<StepStats> stats(1);
-        session->train(batch, std::vector<StepSettings>(1), stats, kGoOn);
-        CHECK(std::isfinite(stats[0].loss));
-      }
+  for (const TimedCase& c : {TimedCase{Precision::fp16, false, 1, true},
+                             {Precision::fp16, false, 100, false},
+                             {Precision::fp16, true, 1, false},
+                             {Precision::bf16, false, 1, false}}) {
+    Gpu gpu;
+    gpu.fakes.options.norm_microseconds = c.microseconds;
+    const std::string engines = engines_of(gpu, c);
+    for (const char* norm : {"a.bn1", "b.bn1"}) {
+      for (const char* what : {" applied by its reader", " summed by its reader"})
+        CHECK((engines.find(std::string("; ") + norm + what) != std::string::npos) == c.wanted);
     }
   }
 }

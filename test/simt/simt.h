@@ -154,9 +154,28 @@ void permute(std::span<T> values, uint64_t& seed) {
 // What a lane waits for. `others`: it waits in a loop for what another lane or block is to write.
 enum class Wait : uint8_t { nothing, block, warp, others, exited };
 
+// A lane's stack, from those that lanes before it have left: a launch has thousands of lanes, and
+// fresh pages for all of them take longer than most kernels run.
+class Stack {
+ public:
+  Stack() {
+    if (left_.empty()) left_.emplace_back(new char[kStackBytes]);
+    memory_ = std::move(left_.back());
+    left_.pop_back();
+  }
+  ~Stack() { left_.push_back(std::move(memory_)); }
+  Stack(const Stack&) = delete;
+  Stack& operator=(const Stack&) = delete;
+  char* data() const { return memory_.get(); }
+
+ private:
+  static inline thread_local std::vector<std::unique_ptr<char[]>> left_;
+  std::unique_ptr<char[]> memory_;
+};
+
 struct Lane {
   Context context;
-  std::unique_ptr<char[]> stack;
+  Stack stack;
   uint3 thread{};
   int index = 0;  // linear in the block
   Wait wait = Wait::nothing;
@@ -232,10 +251,7 @@ class Block {
     const int n = static_cast<int>(block_.x * block_.y * block_.z);
     if (n < 1 || n > 1024)
       throw Fault("a block of " + std::to_string(n) + " threads; 1 to 1024 fit");
-    while (static_cast<int>(lanes_.size()) < n) {
-      lanes_.push_back(std::make_unique<Lane>());
-      lanes_.back()->stack.reset(new char[kStackBytes]);
-    }
+    while (static_cast<int>(lanes_.size()) < n) lanes_.push_back(std::make_unique<Lane>());
     order_.resize(static_cast<size_t>(n));
     for (int i = 0; i < n; ++i) {
       order_[static_cast<size_t>(i)] = i;
@@ -245,7 +261,7 @@ class Block {
                   static_cast<unsigned>(i) / block_.x % block_.y,
                   static_cast<unsigned>(i) / (block_.x * block_.y)};
       l.wait = Wait::nothing;
-      l.context.prepare(l.stack.get(), kStackBytes, &Block::enter);
+      l.context.prepare(l.stack.data(), kStackBytes, &Block::enter);
     }
     permute<int>(order_, order_seed);
   }
