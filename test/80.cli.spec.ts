@@ -114,6 +114,38 @@ describe('command line', function () {
     assert.match(auto.why, /\.$/);
   });
 
+  it('ends in order when nobody reads what it prints', async () => {
+    const child = start('--help');
+    child.stdout?.destroy();
+    const { code, stderr } = await finish(child);
+    assert.deepEqual({ code, stderr }, { code: 0, stderr: '' });
+  });
+
+  it('trains on when whoever read its log has left', async () => {
+    const child = start(...train(at('people'), '--out', at('unread')));
+    child.stderr?.destroy();
+    const { code, stdout } = await finish(child);
+    assert.equal(code, 0);
+    assert.match(stdout, /^model +.*best\.safetensors$/m);
+  });
+
+  it('says why a result could not be printed', async () => {
+    const full = await open('/dev/full', 'w');
+    try {
+      const { code, stderr } = await finish(
+        spawn(process.execPath, [MAIN, 'doctor'], { stdio: ['ignore', full.fd, 'pipe'] }),
+      );
+      assert.equal(code, 1);
+      assert.match(
+        stderr,
+        /^error: the result could not be printed \(ENOSPC.*send stdout elsewhere/,
+      );
+      assert.equal(stderr.trim().split('\n').length, 1, stderr);
+    } finally {
+      await full.close();
+    }
+  });
+
   it('says what a run would be and what it would take, without starting it', async () => {
     const config = at('commented.json');
     await writeFile(config, '{\n  // tried first\n  "batch": 8, "lr": 0.5, "loss": "softmax",\n}');

@@ -1,7 +1,7 @@
 /** What all commands share: their options, their output, their exit codes. */
 import { Command, InvalidArgumentError } from 'commander';
 import picocolors from 'picocolors';
-import { HardmineError } from '../errors.js';
+import { HardmineError, oneLine } from '../errors.js';
 
 /** Colours for a person at a terminal only: picocolors alone would colour whatever runs under CI. */
 export const colours = picocolors.createColors(
@@ -30,6 +30,24 @@ export const output = {
     process.stderr.write(`${colours.yellow('warning')}: ${text}\n`);
   },
 };
+
+/**
+ * Keeps a stream that takes no more from ending the work, whose results are files. A reader that has left
+ * (`| head`) is no error; a result that could not be printed for another reason is one.
+ */
+export function guardOutput(): void {
+  process.stderr.on('error', () => undefined); // there is nowhere left to say it
+  process.stdout.once('error', (error: NodeJS.ErrnoException) => {
+    process.stdout.on('error', () => undefined); // once is enough
+    if (error.code === 'EPIPE') return;
+    const reason = oneLine(error.message);
+    const message = `the result could not be printed (${reason}): send stdout elsewhere and run the command again`;
+    printError(new HardmineError('ERR_IO', message, { cause: error }), false);
+    process.on('exit', () => {
+      process.exitCode = EXIT.failed;
+    });
+  });
+}
 
 /** A command with --json, --debug and one worked example under its help. */
 export function makeCommand(name: string, description: string, example: string): Command {

@@ -3,7 +3,7 @@ import { readFileSync } from 'node:fs';
 import { Command, CommanderError } from 'commander';
 import { alignCommand } from './align.js';
 import { benchCommand } from './bench.js';
-import { EXIT, exitCodeOf, printError } from './command.js';
+import { EXIT, exitCodeOf, guardOutput, printError } from './command.js';
 import { demoCommand } from './demo.js';
 import { doctorCommand } from './doctor.js';
 import { embedCommand } from './embed.js';
@@ -68,4 +68,5 @@ async function main(argv: readonly string[]): Promise<number> {
   }
 }
 
+guardOutput();
 process.exitCode = await main(process.argv.slice(2));
