@@ -230,6 +230,21 @@ describe('FaceModel', function () {
     assert.ok(check.passed, JSON.stringify(check));
   });
 
+  it('measures ONNX of large embeddings by their size, as after a few steps of training', async () => {
+    const file = join(folder, 'large.onnx');
+    const changed: TensorMap = new Map(tensors);
+    for (const name of ['fc.weight', 'fc.bias']) {
+      const tensor = tensors.get(name) as Tensor & { dtype: 'F32' };
+      changed.set(name, { ...tensor, data: tensor.data.map((value) => 1e4 * value) });
+    }
+    const large = await FaceModel.fromTensors(changed, {}, { device: 'cpu' });
+    await large.exportOnnx(file);
+    const check = await large.checkOnnx(file);
+    await large.dispose();
+    assert.ok(check.maxAbsDifference > 1e-4, JSON.stringify(check));
+    assert.ok(check.passed, JSON.stringify(check));
+  });
+
   it('says when an ONNX file is another model or none', async () => {
     const file = join(folder, 'other.onnx');
     const changed: TensorMap = new Map(tensors);
