@@ -146,6 +146,22 @@ describe('command line', function () {
     }
   });
 
+  it('asks for a place to write before the work whose result it is to hold', async () => {
+    const nowhere = at('nowhere', 'x');
+    const refused = /nowhere\/x\S* could not be written \(ENOENT.*choose a folder that exists/;
+    const model = ['--model', at('absent.safetensors')];
+    const works = [
+      ['embed', at('absent.jpg'), ...model, '--out', `${nowhere}.npy`],
+      ['evaluate', ...model, '--lfw', at('absent'), '--report', `${nowhere}.html`],
+      ['inspect', at('absent'), '--contact-sheet', `${nowhere}.png`],
+    ];
+    for (const argv of works) assert.match(await complaint(1, ...argv), refused);
+    assert.match(
+      await complaint(1, 'evaluate', ...model, '--bin', at('absent.bin'), '--report', folder),
+      /is a folder: give the path of a file in it/,
+    );
+  });
+
   it('says what a run would be and what it would take, without starting it', async () => {
     const config = at('commented.json');
     await writeFile(config, '{\n  // tried first\n  "batch": 8, "lr": 0.5, "loss": "softmax",\n}');

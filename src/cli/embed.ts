@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import type { Command } from 'commander';
 import { IMAGE_NAME } from '../data/list-folder.js';
 import { HardmineError } from '../errors.js';
-import { writeFileAtomic } from '../formats/atomic.js';
+import { checkWritable, writeFileAtomic } from '../formats/atomic.js';
 import { writeNpy } from '../formats/npy.js';
 import { FaceModel } from '../model.js';
 import { type AlignOptions, addAlignOptions, embedAligned, openAligner } from './align-options.js';
@@ -39,6 +39,7 @@ async function embed(inputs: string[], options: Options): Promise<void> {
       `--out is ${options.out}: give a path that ends with .npy`,
     );
   }
+  await checkWritable(options.out);
   const paths = (await Promise.all(inputs.map(imagesOf))).flat();
   await using aligner = await openAligner(options);
   const model = await FaceModel.load(options.model, deviceOf(options));

@@ -14,6 +14,7 @@ import type { PairsResult } from '../evaluate/pairs.js';
 import { PROTOCOLS, type ProtocolName } from '../evaluate/protocols.js';
 import { type McNemar, mcnemar } from '../evaluate/statistics.js';
 import { AGGREGATES, type Aggregate, evaluateYtf, type YtfResult } from '../evaluate/ytf.js';
+import { checkWritable } from '../formats/atomic.js';
 import { FaceModel } from '../model.js';
 import { timeText } from '../report/page.js';
 import { type ReportFace, writeReport } from '../report/report.js';
@@ -119,6 +120,7 @@ interface Verified {
 
 async function evaluate(options: Options): Promise<void> {
   const dataset = datasetOf(options);
+  if (options.report) await checkWritable(options.report);
   using interrupt = stopOnInterrupt('the evaluation ends without a result');
   const { mtcnn, threads } = options;
   await using aligner = mtcnn ? await FaceAligner.load({ mtcnn, threads }) : null;
@@ -130,8 +132,8 @@ async function evaluate(options: Options): Promise<void> {
     return;
   }
   const results = await inTurn(models, (path) => verify(path, dataset, work));
-  if (options.report) await report(options.report, results, models, options);
   printVerification(results, models, options);
+  if (options.report) await report(options.report, results, models, options);
 }
 
 /** The data set that is asked for; what does not go with it is refused. */

@@ -1,5 +1,6 @@
 /** What a data set holds: every image is read and decoded, and nothing is written. */
 import { HardmineError } from '../errors.js';
+import { checkWritable } from '../formats/atomic.js';
 import { writeContactSheet } from './contact-sheet.js';
 import { type EvaluationFacts, openEvaluationSet } from './evaluation-sets.js';
 import { type DataOptions, throwIfAborted } from './files.js';
@@ -50,6 +51,7 @@ export async function inspectDataset(
   path: string,
   options: InspectOptions = {},
 ): Promise<Inspection> {
+  if (options.contactSheet !== undefined) await checkWritable(options.contactSheet);
   const found = await recognise(path);
   switch (found.kind) {
     case 'recordio': {

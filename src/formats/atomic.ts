@@ -1,6 +1,7 @@
 /** Files that are whole or absent: temporary name, fsync, rename, fsync of the folder. */
 import { randomBytes } from 'node:crypto';
-import { open, readdir, rename, rm } from 'node:fs/promises';
+import { constants } from 'node:fs';
+import { access, open, readdir, rename, rm, stat } from 'node:fs/promises';
 import { basename, dirname, join } from 'node:path';
 import { HardmineError } from '../errors.js';
 import { INSTANCE, isInstanceRunning } from './processes.js';
@@ -33,13 +34,34 @@ export async function writeFileAtomic(
     await syncFolder(folder);
   } catch (cause) {
     await rm(temporary, { force: true }).catch(() => undefined); // the first failure is the one to tell
-    if (!isSystemError(cause)) throw cause;
-    throw new HardmineError(
-      'ERR_IO',
-      `${path} could not be written (${cause.message}): choose a folder that exists, that you may write to and that has room.`,
-      { cause },
-    );
+    throw unwritable(path, cause);
   }
+}
+
+/**
+ * Looks, before the work whose result it is to hold, whether writeFileAtomic could make `path` now.
+ *
+ * @throws HardmineError ERR_IO when it could not.
+ */
+export async function checkWritable(path: string): Promise<void> {
+  try {
+    // With the dot a file in the folder's place is found too.
+    await access(`${dirname(path)}/.`, constants.W_OK);
+  } catch (cause) {
+    throw unwritable(path, cause);
+  }
+  const standing = await stat(path).catch(() => null);
+  if (!standing?.isDirectory()) return;
+  throw new HardmineError('ERR_IO', `${path} is a folder: give the path of a file in it.`);
+}
+
+function unwritable(path: string, cause: unknown): unknown {
+  if (!isSystemError(cause)) return cause;
+  return new HardmineError(
+    'ERR_IO',
+    `${path} could not be written (${cause.message}): choose a folder that exists, that you may write to and that has room.`,
+    { cause },
+  );
 }
 
 /** Makes the names in a folder (new, renamed or removed files) survive a power failure. */
