@@ -5,8 +5,8 @@
 import { createHash } from 'node:crypto';
 import { resolve } from 'node:path';
 import { z } from 'zod';
-import { HardmineError, oneLine, quote } from './errors.js';
-import type { BaseLoss, LossSettings, Weighting } from './loss.js';
+import { HardmineError, nearest, oneLine, quote } from './errors.js';
+import { type BaseLoss, type LossSettings, resolveLoss, type Weighting } from './loss.js';
 import type { DeviceName } from './native.js';
 
 /** A configuration file has one or two kilobytes; what is much larger is none. */
@@ -320,28 +320,6 @@ function configError(message: string): HardmineError {
   return new HardmineError('ERR_CONFIG', message);
 }
 
-/** More of a name than any of ours has. */
-const MAX_COMPARED = 64;
-
-/** Levenshtein's distance of `a`'s beginning from `b`, letters compared without case. */
-function editDistance(a: string, b: string): number {
-  let row = Array.from({ length: b.length + 1 }, (_, i) => i);
-  for (const [i, x] of [...a.slice(0, MAX_COMPARED).toLowerCase()].entries()) {
-    const next = [i + 1];
-    for (const [j, y] of [...b.toLowerCase()].entries()) {
-      next.push(Math.min(row[j + 1]! + 1, next[j]! + 1, row[j]! + (x === y ? 0 : 1)));
-    }
-    row = next;
-  }
-  return row[b.length]!;
-}
-
-/** The known name nearest to `name`. */
-export function nearest(name: string, known: readonly string[]): string {
-  const distances = known.map((candidate) => editDistance(name, candidate));
-  return known[distances.indexOf(Math.min(...distances))] ?? '';
-}
-
 function knownKeys(path: readonly PropertyKey[]): string[] {
   if (path[0] === 'weighting') return Object.keys(weightingSchema.shape);
   if (path[0] === 'lambda') return Object.keys(lambdaSchema.shape);
@@ -353,7 +331,7 @@ function knownKeys(path: readonly PropertyKey[]): string[] {
 /** Of a value that may be anything; a deep one would take JSON.stringify beyond the stack. */
 function shortJson(value: unknown): string {
   if (typeof value === 'string') return quote(value);
-  if (typeof value !== 'object' || value === null) return String(JSON.stringify(value));
+  if (typeof value !== 'object' || value === null) return oneLine(String(value));
   return Array.isArray(value) ? `a list of ${value.length}` : 'an object';
 }
 
@@ -457,6 +435,7 @@ export function resolveConfig(input: unknown): Config {
   }
   filled['weighting'] = resolveWeighting(parsed.weighting);
   if (parsed.center) filled['center'] = { ...CENTER, ...parsed.center };
+  resolveLoss(lossSettings(filled as Config)); // ranges that differ from loss to loss
   for (const key of PATH_KEYS) {
     const path = parsed[key];
     if (path !== undefined) filled[key] = resolve(path);

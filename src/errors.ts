@@ -55,3 +55,25 @@ export function quote(text: string): string {
 export function oneLine(text: string): string {
   return cut(text.replace(UNPRINTABLE, ' '), MAX_FOREIGN);
 }
+
+/** More of a name than any of ours has. */
+const MAX_COMPARED = 64;
+
+/** Levenshtein's distance of `a`'s beginning from `b`, letters compared without case. */
+function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, i) => i);
+  for (const [i, x] of [...a.slice(0, MAX_COMPARED).toLowerCase()].entries()) {
+    const next = [i + 1];
+    for (const [j, y] of [...b.toLowerCase()].entries()) {
+      next.push(Math.min(row[j + 1]! + 1, next[j]! + 1, row[j]! + (x === y ? 0 : 1)));
+    }
+    row = next;
+  }
+  return row[b.length]!;
+}
+
+/** The known name nearest to `name`. */
+export function nearest(name: string, known: readonly string[]): string {
+  const distances = known.map((candidate) => editDistance(name, candidate));
+  return known[distances.indexOf(Math.min(...distances))] ?? '';
+}

@@ -1,7 +1,6 @@
 /** What a loss is to a user, checked and turned into what the addon takes; and what to expect of it. */
 import { z } from 'zod';
-import { nearest } from './config.js';
-import { HardmineError } from './errors.js';
+import { HardmineError, nearest } from './errors.js';
 import type { NativeLoss, NativeWeighting } from './native.js';
 
 /** A-Softmax's lambda falls with the steps: max(floor, start / (1 + decay step)). */

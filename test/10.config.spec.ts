@@ -96,6 +96,14 @@ describe('configuration', () => {
     assert.match(complaint({ ...MINIMUM, loss: 'a-softmax', beyondPi: 'none' }), /mirror/);
   });
 
+  it('knows the range of each loss, and numbers that are none', () => {
+    assert.match(complaint({ ...MINIMUM, margin: 4 }), /margin is 4: .*<=3\.14/);
+    assert.match(complaint({ ...MINIMUM, loss: 'a-softmax', margin: 0.5 }), /margin is 0\.5/);
+    for (const lr of [Number.NaN, Number.POSITIVE_INFINITY]) {
+      assert.match(complaint({ ...MINIMUM, lr }), new RegExp(`"lr" is ${lr}:`));
+    }
+  });
+
   it('takes shorthands for nested settings', () => {
     assert.deepEqual(resolveConfig({ ...MINIMUM, weighting: 'none' }).weighting, { kind: 'none' });
     const { lambda } = resolveConfig({ ...MINIMUM, loss: 'a-softmax', lambda: 3 });

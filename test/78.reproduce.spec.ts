@@ -55,6 +55,10 @@ describe('an experiment', () => {
       { ...MINIMAL, rows: [base, { name: 'x', config: { loss: 'softmax', scale: 3 } }] },
       /in the row "x", .*"scale" has no meaning with the loss softmax/,
     );
+    refused(
+      { ...MINIMAL, rows: [base, { name: 'x', config: { loss: 'arcface', margin: 4 } }] },
+      /in the row "x", .*margin is 4/,
+    );
     refused({ ...MINIMAL, config: { seed: 4 } }, /"seed", which the experiment sets itself/);
     refused({ ...MINIMAL, rows: [{ ...base, name: '../x' }] }, /rows\.0\.name/);
   });

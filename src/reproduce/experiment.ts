@@ -1,9 +1,9 @@
 /** An experiment as data: rows to train under several seeds, and what to judge them by. */
 import { resolve } from 'node:path';
 import { z } from 'zod';
-import { type Config, MAX_CONFIG_BYTES, nearest, resolveConfig } from '../config.js';
+import { type Config, MAX_CONFIG_BYTES, resolveConfig } from '../config.js';
 import { readFileBounded } from '../data/files.js';
-import { HardmineError, oneLine, quote } from '../errors.js';
+import { HardmineError, nearest, oneLine, quote } from '../errors.js';
 
 /** What a row is judged by, in the order of a table's columns. */
 export const EVALUATION_SETS = ['lfw', 'ytf', 'lfw-rank-1', 'cfp-ff', 'cfp-fp'] as const;
