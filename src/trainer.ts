@@ -1,7 +1,7 @@
 /** Training as an async iterator of typed events: thin, the work is native. */
 import { createHash } from 'node:crypto';
 import { availableParallelism } from 'node:os';
-import { basename, dirname, join } from 'node:path';
+import { basename, dirname, join, sep } from 'node:path';
 import {
   type Config,
   type ConfigInput,
@@ -13,6 +13,7 @@ import {
 import { type DataProgress, type Dataset, openDataset } from './data/dataset.js';
 import { throwIfAborted } from './data/files.js';
 import { decodeImages } from './data/images.js';
+import { recognise } from './data/recognise.js';
 import { splitIdentities, validationPairs } from './data/split.js';
 import { HardmineError } from './errors.js';
 import { readLfwPairs } from './evaluate/lfw.js';
@@ -275,6 +276,7 @@ export class Trainer {
   static async create(input: TrainerInput, options: TrainerOptions = {}): Promise<Trainer> {
     const { asked, source } = resolveInput(input);
     const { native: loss } = resolveLoss(lossSettings(asked));
+    if (!source) await refuseInside(asked);
     const directory = await RunDirectory.claim(asked.out, asked.resume);
     const dispose: { dispose(): Promise<void> }[] = [{ dispose: () => directory.close() }];
     try {
@@ -880,6 +882,16 @@ function resolveInput(input: TrainerInput): { asked: Config; source: DataSource 
   return { asked: { ...asked, data: source.name }, source };
 }
 
+/** The files of a run would be taken for images of people, and the set never opened again. */
+async function refuseInside({ data, out }: Config): Promise<void> {
+  const inside = out === data || out.startsWith(join(data, sep));
+  if (!inside || (await recognise(data)).kind !== 'folder') return;
+  throw new HardmineError(
+    'ERR_CONFIG',
+    `the run directory ${out} lies in the training data ${data}, whose folders are people: give another one as --out`,
+  );
+}
+
 function ofSource(source: DataSource, config: Config): Material {
   return {
     dataset: null,
@@ -958,6 +970,13 @@ async function resumeFrom(directory: RunDirectory, asked: Config): Promise<Resum
       message,
     }),
   );
+  const begun = found ? found.state.epoch - (found.state.stepInEpoch > 0 ? 0 : 1) : 0;
+  if (begun > asked.epochs) {
+    throw new HardmineError(
+      'ERR_CONFIG',
+      `the run in ${directory.path} has epoch ${begun} behind it or under way and cannot end after epoch ${asked.epochs}: give epochs as ${begun} or more`,
+    );
+  }
   if (found === null) {
     warnings.push({
       type: 'warning',

@@ -1,5 +1,6 @@
 import assert from 'node:assert/strict';
 import {
+  mkdir,
   mkdtemp,
   readdir,
   readFile,
@@ -196,6 +197,13 @@ describe('training', function () {
       } finally {
         await trainer.dispose();
       }
+    });
+
+    it('is refused an end before where it is', async () => {
+      await assert.rejects(Trainer.create(config('first', { ...whole, epochs: 2, resume: true })), {
+        code: 'ERR_CONFIG',
+        message: /has epoch 3 behind it .* cannot end after epoch 2: give epochs as 3 or more/,
+      });
     });
   });
 
@@ -438,6 +446,18 @@ describe('training', function () {
 
     it('for a margin that its loss does not have', async () => {
       await refused({ margin: 4 }, { code: 'ERR_CONFIG', message: /margin is 4/ });
+    });
+
+    it('for a run directory among the people that it would train on', async () => {
+      const people = join(folder, 'people');
+      await mkdir(people);
+      for (const path of [people, join(people, 'inside')]) {
+        await assert.rejects(Trainer.create({ ...config('x'), data: people, out: path }), {
+          code: 'ERR_CONFIG',
+          message: /lies in the training data .*: give another one as --out/,
+        });
+      }
+      assert.deepEqual(await readdir(people), []);
     });
 
     it('for a device that is not there', async () => {
