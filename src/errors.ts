@@ -77,3 +77,22 @@ export function nearest(name: string, known: readonly string[]): string {
   const distances = known.map((candidate) => editDistance(name, candidate));
   return known[distances.indexOf(Math.min(...distances))] ?? '';
 }
+
+/** @throws HardmineError ERR_INPUT for a value of an option that is none of `known` */
+export function oneOf(option: string, value: string, known: readonly string[]): void {
+  if (!known.includes(value)) {
+    throw new HardmineError('ERR_INPUT', `${option} is ${value}: give ${known.join(' or ')}.`);
+  }
+}
+
+/**
+ * A missing argument is said to be one before Node says it in its own way.
+ *
+ * @param what whose path it is: 'the data set'
+ * @throws HardmineError ERR_INPUT for what is no path
+ */
+export function checkPath(path: unknown, what: string): void {
+  if (typeof path === 'string' && path !== '') return;
+  const found = typeof path === 'string' ? 'empty' : path === null ? 'null' : typeof path;
+  throw new HardmineError('ERR_INPUT', `The path of ${what} is ${found}: give one as a string.`);
+}

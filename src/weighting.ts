@@ -20,6 +20,12 @@ export function weightLosses(
   weighting: Weighting,
 ): { weighted: Float64Array; gradientWeight: Float64Array } {
   const native = resolveWeighting(weighting);
+  if (!Array.isArray(losses) && !ArrayBuffer.isView(losses)) {
+    throw new HardmineError(
+      'ERR_INPUT',
+      `The losses are ${typeof losses}: give an array of numbers.`,
+    );
+  }
   const values = Float64Array.from(losses);
   if (values.length === 0) {
     throw new HardmineError('ERR_INPUT', 'There are no losses to weight: give at least one.');

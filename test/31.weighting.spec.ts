@@ -159,6 +159,10 @@ describe('weightLosses', () => {
   it('refuses no losses, and one that is not finite', () => {
     const weighting: Weighting = { kind: 'hard-mining' };
     assert.throws(() => weightLosses([], weighting), errorLike('ERR_INPUT', /no losses/));
+    assert.throws(
+      () => weightLosses(undefined as unknown as number[], weighting),
+      errorLike('ERR_INPUT', /losses are undefined: give an array/),
+    );
     for (const loss of [Number.NaN, Number.POSITIVE_INFINITY]) {
       assert.throws(
         () => weightLosses(Float32Array.of(1, loss), weighting),

@@ -319,6 +319,10 @@ describe('protocols', function () {
         }),
       { code: 'ERR_PROTOCOL', message: /0 pairs of one person and 2 of two/ },
     );
+    assert.throws(
+      () => verification({ ...labels, distances: scores, protocol: 'arcface' as 'facenet' }),
+      { code: 'ERR_INPUT', message: /protocol is arcface: give insightface or facenet or/ },
+    );
     const { details } = verification({ distances: scores, same: [1, 1, 0, 0], fold: [0, 0, 1, 1] });
     assert.ok(
       details.notes.some((note) => note.startsWith('2 of the 2 folds hold pairs of one kind')),

@@ -294,6 +294,10 @@ describe('evaluateYtf', function () {
       code: 'ERR_PROTOCOL',
       message: /no\.txt could not be read .*--splits/,
     });
+    await assert.rejects(evaluate({ aggregate: 'median' as 'mean' }), {
+      code: 'ERR_INPUT',
+      message: /aggregate is median: give mean-embedding or mean or max or min/,
+    });
     const nan: ScoreModel = {
       embedding: 2,
       embed: async (images) => new Float32Array((2 * images.length) / 37632).fill(Number.NaN),

@@ -9,9 +9,16 @@ import { join } from 'node:path';
 import type { Tensor } from '../src/formats/safetensors.js';
 import {
   embedForPairs,
+  evaluateBin,
+  evaluateCfp,
+  evaluateIdentification,
+  evaluateLfw,
+  evaluateYtf,
+  FaceAligner,
   FaceModel,
   generateFaces,
   HardmineError,
+  inspectDataset,
   MarginHead,
   openDataset,
   packDataset,
@@ -71,6 +78,32 @@ describe('the package', function () {
         if (imported.HardmineError !== HardmineError) throw new Error('two packages');
       });`;
     assert.deepEqual(await run(program, 'commonjs'), quiet);
+  });
+
+  it('says of a path that was left out that it is missing', async () => {
+    // As of a program whose argument was not given.
+    const path = process.argv[99] as string;
+    const model = { embedding: 2, embed: async () => new Float32Array(2) };
+    const calls: [() => Promise<unknown>, RegExp][] = [
+      [() => openDataset(path), /path of the data set is undefined: give one as a string/],
+      [() => openDataset(''), /path of the data set is empty/],
+      [() => inspectDataset(path), /the data set is undefined/],
+      [() => packDataset('faces', path), /the packed set is undefined/],
+      [() => evaluateLfw(model, { root: path }), /LFW is undefined/],
+      [() => evaluateYtf(model, { root: path }), /YouTube Faces is undefined/],
+      [() => evaluateCfp(model, { root: path }), /CFP is undefined/],
+      [() => evaluateIdentification(model, { root: path }), /LFW is undefined/],
+      [() => evaluateBin(model, { path }), /the verification set is undefined/],
+      [() => FaceAligner.load({ mtcnn: path }), /MTCNN's weights is undefined/],
+    ];
+    for (const [call, message] of calls) {
+      await assert.rejects(call, (error) => {
+        assert(error instanceof HardmineError, String(error));
+        assert.equal(error.code, 'ERR_INPUT');
+        assert.match(error.message, message);
+        return true;
+      });
+    }
   });
 
   it('shows nothing but its API and its package.json', async () => {

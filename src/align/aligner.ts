@@ -1,7 +1,7 @@
 /** Photographs to aligned faces: MTCNN finds them, the five-point similarity cuts them out. */
 import sharp from 'sharp';
 import { decodePhotograph, type Pixels, readImageFile } from '../data/images.js';
-import { HardmineError } from '../errors.js';
+import { HardmineError, oneOf } from '../errors.js';
 import { type Box, overlap } from './boxes.js';
 import { type DetectedFace, Mtcnn, SMALLEST_FACE } from './mtcnn.js';
 import { alignFace, FACE_SIZES, type FaceSize, faceDimensions, type Point } from './similarity.js';
@@ -166,12 +166,6 @@ export class FaceAligner {
     } finally {
       this.#pending.delete(promise);
     }
-  }
-}
-
-function oneOf(option: string, value: string, known: readonly string[]): void {
-  if (!known.includes(value)) {
-    throw new HardmineError('ERR_INPUT', `${option} is ${value}: give ${known.join(' or ')}.`);
   }
 }
 

@@ -1,7 +1,7 @@
 /** MTCNN's networks from a folder: the facenet project's det1.npy to det3.npy, or det1.onnx to det3.onnx made of them. */
 import { join } from 'node:path';
 import { exists, ioError, makeFolders, readFileBounded } from '../data/files.js';
-import { HardmineError } from '../errors.js';
+import { checkPath, HardmineError } from '../errors.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { readNpyObject } from '../formats/npy.js';
 import { PickledArray, type PickleValue } from '../formats/pickle.js';
@@ -34,6 +34,7 @@ export interface NetworkFile {
  *   ERR_FORMAT when a .npy is damaged or holds other layers
  */
 export async function readNetworks(folder: string): Promise<Record<NetworkName, NetworkFile>> {
+  checkPath(folder, "MTCNN's weights");
   const networks = {} as Record<NetworkName, NetworkFile>;
   for (const name of NETWORK_NAMES) {
     const onnx = join(folder, `${name}.onnx`);

@@ -1,7 +1,7 @@
 /** Packing: any set that can be trained on to RecordIO as InsightFace lays it out. */
 import { stat } from 'node:fs/promises';
 import { join, resolve } from 'node:path';
-import { HardmineError } from '../errors.js';
+import { checkPath, HardmineError } from '../errors.js';
 import {
   type PackedFiles,
   packedFiles,
@@ -240,6 +240,7 @@ export async function packDataset(
 }
 
 async function packPrefix(out: string): Promise<string> {
+  checkPath(out, 'the packed set');
   const isFolder = out.endsWith('/') || (await isDirectory(out));
   return resolve(isFolder ? join(out, 'train') : out.replace(/\.rec$/, ''));
 }

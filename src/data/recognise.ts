@@ -1,6 +1,7 @@
 /** What a path given as a data set is, told from its name and from what lies in it. */
 import { readdir, stat } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
+import { checkPath } from '../errors.js';
 import { exists } from './files.js';
 import { dataError } from './image-source.js';
 
@@ -30,6 +31,7 @@ const YTF_FOLDERS = ['frame_images_DB', 'aligned_images_DB'];
 
 /** @throws ERR_DATA for what is not there and for what is none of the known forms */
 export async function recognise(given: string): Promise<Recognised> {
+  checkPath(given, 'the data set');
   const path = resolve(given);
   if (path.endsWith('.rec')) return { kind: 'recordio', path, rec: path };
   if (!(await exists(path))) {

@@ -1,6 +1,6 @@
 /** Verification sets in InsightFace's .bin (LFW, AgeDB-30, CALFW, CPLFW, CFP-FP and their like). */
 
-import { HardmineError } from '../errors.js';
+import { checkPath, HardmineError } from '../errors.js';
 import { readVerificationBin } from '../formats/verification-bin.js';
 import { EncodedImages } from './image-source.js';
 import {
@@ -47,6 +47,7 @@ export type BinResult = ImagesResult & {
  *   is not 112x112, ERR_PROTOCOL for fewer than ten pairs or pairs of one kind, ERR_ABORTED after `signal`
  */
 export async function evaluateBin(model: ScoreModel, options: EvaluateBin): Promise<BinResult> {
+  checkPath(options?.path, 'the verification set');
   const { path, ...embedding } = options;
   const { images, same } = await readVerificationBin(path);
   if (same.length < FOLDS) {

@@ -3,7 +3,7 @@
 import { join } from 'node:path';
 import { exists } from '../data/files.js';
 import { mapBounded } from '../data/images.js';
-import { HardmineError, quote } from '../errors.js';
+import { checkPath, HardmineError, quote } from '../errors.js';
 import { type AlignFace, ImageFiles } from './image-source.js';
 import { findImage, linesOf, readList, refuseMissing } from './lists.js';
 import {
@@ -150,6 +150,7 @@ export interface CfpResult {
  *   ERR_DATA for one that cannot be read or is not 112x112, ERR_ABORTED after `signal`
  */
 export async function evaluateCfp(model: ScoreModel, options: EvaluateCfp): Promise<CfpResult> {
+  checkPath(options?.root, 'CFP');
   const { root, lists, align, ...embedding } = options;
   const { protocol = 'insightface' } = embedding;
   const { pairs, used, paths } = await findCfpImages(root, lists);

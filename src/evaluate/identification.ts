@@ -3,10 +3,10 @@
 import { readdir } from 'node:fs/promises';
 import { join } from 'node:path';
 import { ioError } from '../data/files.js';
-import { HardmineError } from '../errors.js';
+import { checkPath, HardmineError } from '../errors.js';
 import { type AlignFace, ImageFiles } from './image-source.js';
 import { embedForPairs, type ScoreModel } from './pairs.js';
-import { type ProtocolName, protocols, rowLength } from './protocols.js';
+import { type ProtocolName, protocolOf, rowLength } from './protocols.js';
 import { type Interval, wilsonInterval } from './statistics.js';
 
 /** What LFW holds, and of how many people there is more than one image (its README). */
@@ -60,6 +60,7 @@ export async function evaluateIdentification(
   model: ScoreModel,
   options: EvaluateIdentification,
 ): Promise<IdentificationResult> {
+  checkPath(options?.root, 'LFW');
   const { root, protocol = 'insightface', align, ...embedding } = options;
   const people = await listPeople(root);
   const paths = people.flat();
@@ -110,7 +111,7 @@ export async function evaluateIdentification(
     people: probePeople,
     rank1: found / probes.length,
     confidence95: wilsonInterval(found, probes.length),
-    flip: protocols[protocol].mirror !== 'none',
+    flip: protocolOf(protocol).mirror !== 'none',
     score: 'cosine',
     missing: absent.size,
     details: { right, notes: notesOn(people.length, paths.length, absent.size) },

@@ -2,7 +2,7 @@
 
 import { join } from 'node:path';
 import { mapBounded } from '../data/images.js';
-import { HardmineError, quote } from '../errors.js';
+import { checkPath, HardmineError, quote } from '../errors.js';
 import { type AlignFace, ImageFiles } from './image-source.js';
 import { findImage, isPlainName, linesOf, readList, refuseMissing } from './lists.js';
 import {
@@ -146,6 +146,7 @@ export type LfwResult = ImagesResult & {
  *   name), ERR_DATA for one that cannot be read or is not 112x112, ERR_ABORTED after `signal`
  */
 export async function evaluateLfw(model: ScoreModel, options: EvaluateLfw): Promise<LfwResult> {
+  checkPath(options?.root, 'LFW');
   const { root, pairs: list, align, ...embedding } = options;
   const { view, paths, pairs } = await readLfwPairs(root, list);
   const images = new ImageFiles(paths, align);

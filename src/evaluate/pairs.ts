@@ -3,7 +3,7 @@
 import { decodeImages, PIXEL_BYTES, SIDE } from '../data/images.js';
 import { HardmineError } from '../errors.js';
 import { ImageFiles, type ImageSource, PixelImages } from './image-source.js';
-import { type ProtocolName, protocols, rowLength } from './protocols.js';
+import { type ProtocolName, protocolOf, rowLength } from './protocols.js';
 import { checkFolds, checkLabelled, type VerificationResult, verifyFolds } from './verification.js';
 
 /** How many of the worst pairs of each kind a result lists. */
@@ -88,7 +88,7 @@ export function evaluatePairs(input: EvaluatePairs): PairsResult {
   }
   const absent = new Set(withoutFace);
   const lost = pairs.map(({ a, b }) => absent.has(a) || absent.has(b));
-  const { score, centred } = protocols[protocol];
+  const { score, centred } = protocolOf(protocol);
   const scoresWith = (mean: Float64Array): Float64Array => {
     const compared = centredRows(embeddings, dim, mean);
     return Float64Array.from(pairs, ({ a, b }, i) => {
@@ -123,7 +123,7 @@ export function verifyPairs(
   const { values, labels } = checkLabelled(
     scores(0),
     pairs.map((pair) => pair.same),
-    protocols[protocol].score === 'cosine' ? 'cosine' : 'distance',
+    protocolOf(protocol).score === 'cosine' ? 'cosine' : 'distance',
   );
   checkFolds(fold);
   const result = verifyFolds({
@@ -230,7 +230,7 @@ export async function embedForPairs(
   }
   const source = sourceOf(images);
   const total = source.count;
-  const { mirror } = protocols[protocol];
+  const { mirror } = protocolOf(protocol);
   const dim = model.embedding;
   const length = rowLength(dim, protocol);
   const rows = new Float32Array(total * length);

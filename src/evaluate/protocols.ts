@@ -3,7 +3,7 @@
  * theirs: what is compared, how a threshold is chosen on the training folds, which spread they print.
  */
 
-import { HardmineError } from '../errors.js';
+import { HardmineError, oneOf } from '../errors.js';
 import { countAtMost, countBelow } from './counting.js';
 
 export const PROTOCOLS = ['insightface', 'facenet', 'sphereface', 'facex'] as const;
@@ -40,7 +40,7 @@ const COSINE_STEPS = 10_000;
 /** FaceX-Zoo's num_thresholds. */
 const RANGE_STEPS = 1000;
 
-export const protocols: Readonly<Record<ProtocolName, Protocol>> = {
+const protocols: Readonly<Record<ProtocolName, Protocol>> = {
   // InsightFace's recognition/arcface_torch/eval/verification.py.
   insightface: {
     mirror: 'added',
@@ -75,9 +75,15 @@ export const protocols: Readonly<Record<ProtocolName, Protocol>> = {
   },
 };
 
+/** @throws HardmineError ERR_INPUT for a name that is none of them */
+export function protocolOf(name: ProtocolName): Protocol {
+  oneOf('protocol', name, PROTOCOLS);
+  return protocols[name];
+}
+
 /** Floats of what is compared, for one image of a model with embeddings of `embedding` floats. */
 export function rowLength(embedding: number, protocol: ProtocolName): number {
-  return protocols[protocol].mirror === 'concatenated' ? 2 * embedding : embedding;
+  return protocolOf(protocol).mirror === 'concatenated' ? 2 * embedding : embedding;
 }
 
 /** Whether a pair is judged rightly. */

@@ -5,7 +5,7 @@
 
 import { HardmineError } from '../errors.js';
 import { countAtMost, countBelow } from './counting.js';
-import { isRight, type Protocol, type ProtocolName, protocols } from './protocols.js';
+import { isRight, type Protocol, type ProtocolName, protocolOf } from './protocols.js';
 import {
   type BootstrapInterval,
   bootstrapInterval,
@@ -117,7 +117,7 @@ const VAL_TARGET = 1e-3;
  */
 export function verification(pairs: LabelledDistances): VerificationResult {
   const protocol = pairs.protocol ?? 'insightface';
-  const what = protocols[protocol].score === 'cosine' ? 'cosine' : 'distance';
+  const what = protocolOf(protocol).score === 'cosine' ? 'cosine' : 'distance';
   const given = what === 'cosine' ? pairs.cosines : pairs.distances;
   if (given === undefined || (pairs.cosines && pairs.distances)) {
     throw new HardmineError(
@@ -148,7 +148,7 @@ export function verifyFolds({
   fold,
   protocol: name,
 }: FoldedScores): VerificationResult {
-  const protocol = protocols[name];
+  const protocol = protocolOf(name);
   const folds = fold.reduce((most, f) => Math.max(most, f), 0) + 1;
   const values = new Float64Array(same.length);
   const right = new Uint8Array(same.length);

@@ -5,7 +5,7 @@ import { join } from 'node:path';
 import type { Box } from '../align/boxes.js';
 import { exists } from '../data/files.js';
 import { mapBounded } from '../data/images.js';
-import { HardmineError, oneLine, quote } from '../errors.js';
+import { checkPath, HardmineError, oneLine, oneOf, quote } from '../errors.js';
 import { type AlignFace, ImageFiles } from './image-source.js';
 import { isPlainName, linesOf, readList, refuseMissing } from './lists.js';
 import {
@@ -16,7 +16,7 @@ import {
   type VerificationPair,
   verifyPairs,
 } from './pairs.js';
-import { type ProtocolName, protocols, rowLength } from './protocols.js';
+import { type ProtocolName, protocolOf, rowLength } from './protocols.js';
 import { VideoCache, type VideoRows } from './video-cache.js';
 
 export const AGGREGATES = ['mean-embedding', 'mean', 'max', 'min'] as const;
@@ -284,6 +284,7 @@ export type YtfResult = PairsResult & {
  *   and for a video without a face, ERR_NON_FINITE for a damaged model, ERR_ABORTED after `signal`
  */
 export async function evaluateYtf(model: ScoreModel, options: EvaluateYtf): Promise<YtfResult> {
+  checkPath(options?.root, 'YouTube Faces');
   const { root, splits = join(root, 'splits.txt'), aggregate = 'mean-embedding' } = options;
   const { protocol = 'insightface', frames: most, cache } = options;
   checkOptions(options);
@@ -295,7 +296,7 @@ export async function evaluateYtf(model: ScoreModel, options: EvaluateYtf): Prom
     cache &&
     (await VideoCache.open(
       cache.folder,
-      { key: cache.key, mirror: protocols[protocol].mirror, frames: most ?? null },
+      { key: cache.key, mirror: protocolOf(protocol).mirror, frames: most ?? null },
       dim,
     ));
 
@@ -350,13 +351,14 @@ export async function evaluateYtf(model: ScoreModel, options: EvaluateYtf): Prom
 }
 
 function checkOptions({ frames, aggregate, protocol = 'insightface' }: EvaluateYtf): void {
+  if (aggregate !== undefined) oneOf('aggregate', aggregate, AGGREGATES);
   if (frames !== undefined && !(Number.isInteger(frames) && frames > 0)) {
     throw new HardmineError(
       'ERR_INPUT',
       `The number of frames is ${frames}, expected a whole number from 1 up.`,
     );
   }
-  if (aggregate !== undefined && aggregate !== 'mean-embedding' && protocols[protocol].centred) {
+  if (aggregate !== undefined && aggregate !== 'mean-embedding' && protocolOf(protocol).centred) {
     throw new HardmineError(
       'ERR_INPUT',
       `The protocol ${protocol} takes the mean embedding off, so it needs one embedding a video: choose the aggregate mean-embedding instead of ${aggregate}.`,
@@ -441,7 +443,7 @@ async function verifyCosines(
   for (const [i, { a, b }] of pairs.entries()) {
     const value = cosine(a, b);
     // Of unit vectors, |a - b|^2 = 2 - 2 cos; rounding must not bring it below 0.
-    scores[i] = protocols[protocol].score === 'cosine' ? value : Math.max(0, 2 - 2 * value);
+    scores[i] = protocolOf(protocol).score === 'cosine' ? value : Math.max(0, 2 - 2 * value);
     await new Promise(setImmediate); // a pair of long videos takes tens of milliseconds
     if (signal?.aborted) {
       throw new HardmineError(
