@@ -348,8 +348,10 @@ export function chooseDevice(request: DeviceRequest): ChosenDevice {
   if (device === undefined) {
     throw new HardmineError(
       'ERR_DEVICE_UNAVAILABLE',
-      `Device ${request.device} was asked for but ${backend} has ${found.length} device(s): ` +
-        `${found.length === 0 ? 'use --device cpu' : `count from 0 to ${found.length - 1}`}.`,
+      `Device ${request.device} was asked for but ` +
+        (found.length === 0
+          ? `${noGpu()}: use --device cpu.`
+          : `${backend} has ${found.length} device(s): count from 0 to ${found.length - 1}.`),
     );
   }
   const {
@@ -358,6 +360,13 @@ export function chooseDevice(request: DeviceRequest): ChosenDevice {
     deterministic = false,
   } = request;
   return { addon, execution: { device: ordinal, precision, threads, deterministic }, why };
+}
+
+/** Why CUDA has no device, where its addon loads. */
+function noGpu(): string {
+  return hasNvidiaDriver()
+    ? 'CUDA found no usable GPU, though the machine has an NVIDIA driver (see nvidia-smi)'
+    : 'this machine has no NVIDIA driver';
 }
 
 function resolveDevice(name: string): { backend: Backend; ordinal: number; why: string } {
@@ -386,12 +395,12 @@ function chooseAutomatically(): { backend: Backend; ordinal: number; why: string
     return cpu(
       hasNvidiaDriver()
         ? `The CPU, because this installation has no CUDA addon, though the machine has an NVIDIA driver: ${CUDA_ADDON_REMEDY}.`
-        : 'The CPU, because this machine has no NVIDIA driver.',
+        : `The CPU, because ${noGpu()}.`,
     );
   }
   try {
     const device = loadAddon('cuda').devices()[0];
-    if (device === undefined) return cpu('The CPU, because CUDA found no usable GPU.');
+    if (device === undefined) return cpu(`The CPU, because ${noGpu()}.`);
     if (device.precisions.length === 0)
       return cpu(`The CPU, because ${device.name} lacks libraries: ${device.details.missing}`);
     return { backend: 'cuda', ordinal: 0, why: `CUDA found ${device.name}.` };
