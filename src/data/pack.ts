@@ -105,8 +105,10 @@ async function checkImages(
     const damaged = await verifyRecords(records, 'packing', options);
     const first = damaged[0];
     if (first !== undefined) {
+      // Of the reader's sentence what is wrong, not where in the staged file, which goes again.
+      const [, reason = first.reason] = /\(label \d+\) is (.*?);/.exec(first.reason) ?? [];
       throw dataError(
-        `${source.name(first.index)} cannot be decoded (${first.reason}), the first of ${damaged.length} such images: replace or remove it.`,
+        `${source.name(first.index)} cannot be decoded (${reason}), the first of ${damaged.length} such images: replace or remove them; hardmine inspect names all.`,
       );
     }
   } finally {
