@@ -151,6 +151,17 @@ describe('command line', function () {
     }
   });
 
+  it('demonstrates nothing where files of others would be lost', async () => {
+    await mkdir(at('mine', 'photos'), { recursive: true });
+    await writeFile(at('mine', 'photos', 'only.jpg'), 'the only copy');
+    assert.match(
+      await complaint(2, 'demo', '--out', at('mine'), '--device', 'cpu'),
+      /mine holds "photos", which is not of an earlier demo, .*give a new folder as --out/,
+    );
+    assert.match(await complaint(2, 'demo', '--out', at('mine'), '--device', 'none'), /'none'/);
+    assert.equal(await readFile(at('mine', 'photos', 'only.jpg'), 'utf8'), 'the only copy');
+  });
+
   it('asks for a place to write before the work whose result it is to hold', async () => {
     const nowhere = at('nowhere', 'x');
     const refused = /nowhere\/x\S* could not be written \(ENOENT.*choose a folder that exists/;

@@ -1,4 +1,4 @@
-import { copyFile } from 'node:fs/promises';
+import { copyFile, readdir } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import type { Command } from 'commander';
 import { hasNvidiaDriver } from '../addon-file.js';
@@ -7,6 +7,7 @@ import { type Dataset, openDataset } from '../data/dataset.js';
 import { FolderLock } from '../data/folder-lock.js';
 import { generateFaces } from '../data/generated-faces.js';
 import { validationPairs } from '../data/split.js';
+import { HardmineError, quote } from '../errors.js';
 import {
   embedForPairs,
   evaluatePairs,
@@ -83,7 +84,7 @@ export function demoCommand(): Command {
     'Train HM-ArcFace on generated faces and evaluate it on people never trained on, in at most five minutes.',
     'hardmine demo',
   )
-    .option('--out <dir>', 'run directory, replaced', join('runs', 'demo'))
+    .option('--out <dir>', 'folder for its run, models and report, replaced', join('runs', 'demo'))
     .option('--device <name>', 'auto, cpu, cuda or cuda:N', 'auto')
     .action(demo);
 }
@@ -94,8 +95,9 @@ async function demo(options: Options): Promise<void> {
   const { signal } = interrupt;
   await using lock = await FolderLock.take(out);
   if (lock.warning !== null) output.warning(lock.warning);
-  await lock.clear();
   const { addon, why } = chooseDevice({ device });
+  await refuseForeign(out);
+  await lock.clear();
   if (addon.backend === 'cpu' && device === 'auto' && hasNvidiaDriver()) output.note(why);
 
   // Outside the run directory, which is replaced: a second demo need not draw them again.
@@ -184,6 +186,20 @@ async function demo(options: Options): Promise<void> {
   } finally {
     await test.dispose();
   }
+}
+
+/** What a demo leaves, and what one that was killed had half written. */
+const OWN =
+  /^(run|report\.html|model\.(safetensors|onnx)|\.hardmine\.lock|\.(report|model)\..*\.tmp)$/;
+
+/** The folder is emptied, so it must hold nothing that a demo has not written. */
+async function refuseForeign(out: string): Promise<void> {
+  const foreign = (await readdir(out)).find((name) => !OWN.test(name));
+  if (foreign === undefined) return;
+  throw new HardmineError(
+    'ERR_CONFIG',
+    `${out} holds ${quote(foreign)}, which is not of an earlier demo, and would be emptied: give a new folder as --out`,
+  );
 }
 
 /** Pairs of the test set's people, their pixels at hand, and pictures for the report. */
