@@ -247,9 +247,11 @@ export function lambdaAt({ start, decay, floor }: LambdaAnnealing, step: number)
 /**
  * The mean base loss to expect of the first step, when embeddings and class weights have nothing to
  * do with each other: cosines are then normal around 0 with variance 1 / dim, so it is about
- * ln(classes) + s^2 / (2 dim) - s psi(pi / 2); for ArcFace the last term is + s sin(margin). A trainer
- * that starts far from it has an error in its data or settings. The Euclidean margin loss, all of
- * whose distances are about 2, starts at about margin + 2 pull.
+ * ln(classes) + s^2 / (2 dim) - s psi(pi / 2); for ArcFace the last term is + s sin(margin). Where logits
+ * spread further than sqrt(2 ln(classes)), the largest of them is all that counts, and the first two terms
+ * are s sqrt(2 ln(classes) / dim) (Derrida's random energy model, 1981). A trainer that starts far from it
+ * has an error in its data or settings. The Euclidean margin loss, all of whose distances are about 2,
+ * starts at about margin + 2 pull.
  *
  * @param embeddingNorm mean norm of the embeddings, which is A-Softmax's scale; by default that which
  *   a batch-norm over the embedding gives.
@@ -263,7 +265,10 @@ export function expectedFirstLoss(
   if (loss.base === 'softmax') return Math.log(classes);
   if (loss.base === 'euclidean-margin') return loss.euclidean.margin + 2 * loss.euclidean.pull;
   const s = cosineWeight(loss, embeddingNorm);
-  return Math.log(classes) + (s * s) / (2 * dim) - s * targetCosine(loss, Math.PI / 2);
+  const spread = s / Math.sqrt(dim);
+  const widest = Math.sqrt(2 * Math.log(classes));
+  const others = spread < widest ? (widest ** 2 + spread ** 2) / 2 : spread * widest;
+  return others - s * targetCosine(loss, Math.PI / 2);
 }
 
 /**

@@ -1,4 +1,5 @@
 import assert from 'node:assert/strict';
+import { RandomStream } from '../src/data/random.js';
 import { HardmineError } from '../src/errors.js';
 import {
   expectedFirstLoss,
@@ -23,6 +24,22 @@ function errorLike(code: string, pattern: RegExp) {
 
 function assertNear(found: number, expected: number, tolerance: number): void {
   assert.ok(Math.abs(found - expected) <= tolerance, `${found} where ${expected} is expected`);
+}
+
+/** Mean of ln sum_j e^(scale cos_j) over rows whose cosines with random classes are normal, 1 / dim their variance. */
+function drawnFirstLoss(classes: number, dim: number, scale: number): number {
+  const random = new RandomStream(3, 0);
+  const rows = 256;
+  let sum = 0;
+  for (let row = 0; row < rows; row++) {
+    const logits = Array.from(
+      { length: classes },
+      () => (scale * random.normal()) / Math.sqrt(dim),
+    );
+    const most = Math.max(...logits);
+    sum += most + Math.log(logits.reduce((total, z) => total + Math.exp(z - most), 0));
+  }
+  return sum / rows;
 }
 
 describe('weightLosses', () => {
@@ -369,6 +386,16 @@ describe('the settings of a loss', () => {
       Math.log(854) + 100 / 1024 + 5,
       1e-9,
     );
+    // Small embeddings and few classes, where the largest logit alone counts: drawn instead of foretold.
+    for (const [classes, dim] of [
+      [22, 32],
+      [22, 128],
+      [1000, 128],
+      [1000, 512],
+    ] as const) {
+      const drawn = drawnFirstLoss(classes, dim, 64) + 64 * Math.sin(0.5);
+      assertNear(expectedFirstLoss(arcface(64), classes, dim), drawn, 0.15 * drawn);
+    }
     // All distances 2: margin + 2 pull.
     assertNear(first({ base: { kind: 'euclidean-margin' } }), 1.4, 1e-12);
   });
