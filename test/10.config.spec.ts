@@ -344,6 +344,24 @@ describe('options of the command line', () => {
     assert.throws(() => fromOptions('--learning-rate', '1'), /unknown option/);
   });
 
+  it('refuse two that contradict each other', () => {
+    for (const [argv, pattern] of [
+      [['--hard-mining', '--weighting', 'none'], /--hard-mining and --weighting none contradict/],
+      [
+        ['--weighting', 'knot-magnify', '--no-hard-mining'],
+        /--no-hard-mining and --weighting knot/,
+      ],
+      [
+        ['--lambda', '5', '--lambda-floor', '3'],
+        /--lambda and the options --lambda-\.\.\. contradict/,
+      ],
+    ] as const) {
+      assert.throws(() => fromOptions(...argv), { code: 'ERR_CONFIG', message: pattern });
+    }
+    const both = fromOptions('--hard-mining', '--weighting', 'hard-mining', '--alpha', '2');
+    assert.deepEqual(both, { weighting: { kind: 'hard-mining', alpha: 2 } });
+  });
+
   it('are laid over the file, nested settings one by one', () => {
     const file = { lr: 1, weighting: { alpha: 2, beta: 3 }, augment: { flip: false } };
     assert.deepEqual(overlay(file, { lr: 2, weighting: { beta: 4 }, augment: { crop: 1 } }), {

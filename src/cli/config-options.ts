@@ -2,6 +2,7 @@
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import { z } from 'zod';
 import { configSchema, kebab } from '../config.js';
+import { HardmineError } from '../errors.js';
 
 /** The part of a JSON schema that the configuration uses, with our own notes on nested objects. */
 interface Property {
@@ -70,6 +71,13 @@ function addOption(
   return { attribute: option.attributeName(), path };
 }
 
+function contradiction(one: string, other: string): HardmineError {
+  return new HardmineError(
+    'ERR_CONFIG',
+    `${one} and ${other} contradict each other: give one of the two`,
+  );
+}
+
 /**
  * Adds an option for every key. The function returned picks from the parsed options those that were
  * given, as a partial configuration.
@@ -108,12 +116,20 @@ export function addConfigOptions(
       const value = options[attribute];
       if (value === undefined) continue;
       const [key, inner] = path as [string, string?];
+      if (inner === undefined && config[key] !== undefined) {
+        throw contradiction(`--${kebab(key)}`, `the options --${kebab(key)}-...`);
+      }
       if (inner === undefined) config[key] = value;
       else config[key] = { ...(config[key] as object | undefined), [inner]: value };
     }
     if (options['hardMining'] !== undefined) {
-      const kind = options['hardMining'] === true ? 'hard-mining' : 'none';
-      config['weighting'] = { ...(config['weighting'] as object | undefined), kind };
+      const on = options['hardMining'] === true;
+      const kind = on ? 'hard-mining' : 'none';
+      const weighting = config['weighting'] as { kind?: string } | undefined;
+      if (weighting?.kind !== undefined && weighting.kind !== kind) {
+        throw contradiction(`--${on ? '' : 'no-'}hard-mining`, `--weighting ${weighting.kind}`);
+      }
+      config['weighting'] = { ...weighting, kind };
     }
     return config;
   };
