@@ -11,7 +11,7 @@ import {
   resolveConfig,
 } from './config.js';
 import { type DataProgress, type Dataset, openDataset } from './data/dataset.js';
-import { throwIfAborted } from './data/files.js';
+import { exists, throwIfAborted } from './data/files.js';
 import { decodeImages } from './data/images.js';
 import { recognise } from './data/recognise.js';
 import { splitIdentities, validationPairs } from './data/split.js';
@@ -51,6 +51,7 @@ import {
 import {
   checkEvaluation,
   evaluateBest,
+  evaluatedSets,
   evaluationFigures,
   type FinalResult,
   isPairsFile,
@@ -777,8 +778,12 @@ export class Trainer {
 
   /** Whether the run that is taken up was trained and evaluated to its end. */
   private async wasFinished(): Promise<boolean> {
-    const status = await ifSound(readStatus(this.parts.directory.file('status.json')));
-    return status?.state === 'finished' && status.step === this.step;
+    const { directory, config } = this.parts;
+    const status = await ifSound(readStatus(directory.file('status.json')));
+    if (status?.state !== 'finished' || status.step !== this.step) return false;
+    // A test set may be asked for only now.
+    const judged = evaluatedSets(config).map((set) => exists(directory.file(scoresFile(set))));
+    return (await Promise.all(judged)).every(Boolean);
   }
 
   private makeReport(): RunReport {

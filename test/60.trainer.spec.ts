@@ -264,6 +264,19 @@ describe('training', function () {
       assert.equal(eventsOf(events, 'step').at(-1)?.step, 24);
       assert.deepEqual((await metricSteps(out('once'))).at(-1), 24);
     });
+
+    it('evaluates what is asked for only when it had ended, once', async () => {
+      const lfw = out('lfw-afterwards');
+      await writeLfw(data, lfw);
+      for (const evaluations of [1, 0]) {
+        const { events, error } = await runTraining(
+          config('once', { epochs: 2, threads: 1, lfw, resume: true }),
+        );
+        assert.ifError(error);
+        assert.equal(eventsOf(events, 'evaluation').length, evaluations);
+        assert.equal(eventsOf(events, 'step').length, 0);
+      }
+    });
   });
 
   it('learns ten images by heart', async () => {

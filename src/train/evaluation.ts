@@ -19,6 +19,16 @@ function evaluatesLfw(config: Pick<Config, 'lfw' | 'lfwPairs' | 'validation'>): 
   return config.lfw !== undefined && (config.lfwPairs !== undefined || !isPairsFile(config));
 }
 
+/** What is evaluated at the end. */
+export function evaluatedSets(
+  config: Pick<Config, 'lfw' | 'lfwPairs' | 'ytf' | 'validation'>,
+): ('lfw' | 'ytf')[] {
+  return [
+    ...(evaluatesLfw(config) ? (['lfw'] as const) : []),
+    ...(config.ytf === undefined ? [] : (['ytf'] as const)),
+  ];
+}
+
 /**
  * What the end of a long run needs is looked at before its start: lists, that no image and no video is
  * missing, and of each data set one image's size.
@@ -46,7 +56,7 @@ export async function* evaluateBest(
   signal: AbortSignal | undefined,
 ): AsyncGenerator<FinalResult, void, void> {
   const { device, threads, lfw, lfwPairs, ytf, ytfSplits } = config;
-  if (!evaluatesLfw(config) && ytf === undefined) return;
+  if (evaluatedSets(config).length === 0) return;
   const model = await FaceModel.load(path, { device, precision: 'fp32', threads });
   const stop = { ...(signal && { signal }) };
   try {
