@@ -46,6 +46,8 @@ describe('an experiment', () => {
     refused({ ...MINIMAL, seed: [1] }, /unknown key "seed".*"seeds"/);
     refused({ ...MINIMAL, rows: [{ ...base, agianst: 'CE' }] }, /"rows\.0\.agianst".*"against"/);
     refused({ ...MINIMAL, rows: [] }, /"rows"/);
+    refused({ ...MINIMAL, data: undefined }, /lacks "data": give it as --data or in its file/);
+    refused({ ...MINIMAL, seeds: undefined }, /lacks "seeds": give it in its file/);
     refused({ ...MINIMAL, seeds: [1, 1] }, /\[1,1\]: name each once/);
     const { lfw: _, ...nowhere } = MINIMAL;
     refused(nowhere, /judged by lfw .* give it as --lfw, or name other sets/);

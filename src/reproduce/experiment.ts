@@ -1,7 +1,7 @@
 /** An experiment as data: rows to train under several seeds, and what to judge them by. */
 import { resolve } from 'node:path';
 import { z } from 'zod';
-import { type Config, MAX_CONFIG_BYTES, resolveConfig } from '../config.js';
+import { type Config, kebab, MAX_CONFIG_BYTES, resolveConfig } from '../config.js';
 import { readFileBounded } from '../data/files.js';
 import { HardmineError, nearest, oneLine, quote } from '../errors.js';
 
@@ -168,6 +168,10 @@ function issueSentence(issue: z.core.$ZodIssue): string {
     const known = Object.keys(at.startsWith('rows') ? rowSchema.shape : experimentSchema.shape);
     const key = issue.keys[0] ?? '';
     return `the experiment has an unknown key ${quote(at === '' ? key : `${at}.${key}`)}: the nearest known one is "${nearest(key, known)}"`;
+  }
+  if (issue.message.endsWith('received undefined')) {
+    const option = PATHS.some((key) => key === at) ? ` as --${kebab(at)} or` : '';
+    return `the experiment lacks "${at}": give it${option} in its file`;
   }
   return `the experiment's "${at}" is wrong: ${issue.message.replace(/^Invalid (input|option|string): /, '')}`;
 }
