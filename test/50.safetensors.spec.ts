@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict';
-import { execFile } from 'node:child_process';
-import { mkdtemp, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises';
+import { execFile, execFileSync } from 'node:child_process';
+import { lstat, mkdtemp, readdir, readFile, rm, symlink, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
@@ -343,6 +343,16 @@ describe('writeFileAtomic', () => {
       writeFileAtomic(join(folder, 'missing', 'file'), ['x']),
       errorLike('ERR_IO', /missing\/file could not be written \(ENOENT/),
     );
+    const pipe = join(folder, 'pipe');
+    execFileSync('mkfifo', [pipe]);
+    await symlink(pipe, join(folder, 'to-pipe'));
+    for (const path of [pipe, join(folder, 'to-pipe')]) {
+      await assert.rejects(
+        writeFileAtomic(path, ['x']),
+        errorLike('ERR_IO', /could not be written \(it is no regular file\)/),
+      );
+    }
+    assert.ok((await lstat(pipe)).isFIFO());
     await writeFileAtomic(join(folder, 'plain'), ['x']);
     await assert.rejects(
       writeFileAtomic(join(folder, 'plain', 'x'), ['x']),

@@ -174,7 +174,7 @@ describe('command line', function () {
     for (const argv of works) assert.match(await complaint(1, ...argv), refused);
     assert.match(
       await complaint(1, 'evaluate', ...model, '--bin', at('absent.bin'), '--report', folder),
-      /is a folder: give the path of a file in it/,
+      /could not be written \(it is a folder\): give the path of a file/,
     );
   });
 

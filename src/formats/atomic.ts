@@ -16,6 +16,7 @@ export async function writeFileAtomic(
   path: string,
   chunks: Iterable<Uint8Array | string> | AsyncIterable<Uint8Array | string>,
 ): Promise<void> {
+  await refuseSpecial(path);
   const folder = dirname(path);
   // In the same folder, because rename is atomic within one file system only.
   const temporary = join(
@@ -50,9 +51,18 @@ export async function checkWritable(path: string): Promise<void> {
   } catch (cause) {
     throw unwritable(path, cause);
   }
+  await refuseSpecial(path);
+}
+
+/** A rename puts a file in the place of whatever stands there: as root of /dev/null too. */
+async function refuseSpecial(path: string): Promise<void> {
   const standing = await stat(path).catch(() => null);
-  if (!standing?.isDirectory()) return;
-  throw new HardmineError('ERR_IO', `${path} is a folder: give the path of a file in it.`);
+  if (standing === null || standing.isFile()) return;
+  const what = standing.isDirectory() ? 'a folder' : 'no regular file';
+  throw new HardmineError(
+    'ERR_IO',
+    `${path} could not be written (it is ${what}): give the path of a file.`,
+  );
 }
 
 function unwritable(path: string, cause: unknown): unknown {
