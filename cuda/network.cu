@@ -15,8 +15,8 @@
 #include "cuda/kernels/batch_norm.cuh"
 #include "cuda/kernels/input.cuh"
 #include "cuda/kernels/linear.cuh"
-#include "cuda/kernels/loss_scale.cuh"
 #include "cuda/kernels/pooling.cuh"
+#include "cuda/kernels/sgd.cuh"
 #include "cuda/maps.h"
 #include "cuda/products.h"
 #include "cuda/transfer.h"
@@ -53,7 +53,7 @@ struct Statistic {
 enum class Lane : uint8_t {
   main,
   shortcut,  // the convolution and batch-norm beside a block's two
-  weights,   // weight gradients, which nothing reads before SGD
+  weights,   // weight gradients and what becomes of all gradients: their check and SGD
 };
 
 // Memory for a gradient: a buffer of the backward pass, or (buffer -1) an output that is not needed
@@ -86,6 +86,7 @@ struct Work {
   // A batch-norm by one kernel keeps what it reads of this many rows; by two if there is none.
   std::optional<int> kept_forward, kept_backward;
   int weight = -1, bias = -1;  // indices of its parameters
+  std::optional<size_t> part;  // of the parameters, which begins with this node
   EnginePlan* forward = nullptr;
   EnginePlan* forward_with_sums = nullptr;  // where cuDNN has one and a batch-norm follows
   EnginePlan* data = nullptr;
@@ -178,6 +179,7 @@ class NetworkOf : public TrainingNetwork {
     plan_pooled();
     for (size_t i = 0; i < nodes_.size(); ++i) plan_work(i);
     for (size_t i = 0; i < nodes_.size(); ++i) plan_lanes(i);
+    plan_parts();
   }
 
   const std::vector<Node>& nodes() const override { return nodes_; }
@@ -205,6 +207,7 @@ class NetworkOf : public TrainingNetwork {
     table_ = arena.take<ParameterTensor<T>>(static_cast<int64_t>(parameters_.size()));
     ranges_ = arena.take<ParameterRange>(range_count());
     loss_scale_ = arena.take<LossScale>(1);
+    pending_ = arena.take<PendingUpdate>(1);
     layout_workspaces(arena);
   }
 
@@ -248,9 +251,10 @@ class NetworkOf : public TrainingNetwork {
       if (work_[i].norm_data != nullptr) choose_summed(i);
     }
     write_tables();
+    // An update by nothing takes as long as any.
+    write_pending({.valid = 1});
     choose_lanes();
-    run_forward();
-    run_backward();
+    run_passes();
     stream_.synchronize();
   }
 
@@ -276,9 +280,11 @@ class NetworkOf : public TrainingNetwork {
       write(weight.name, values);
     }
     write_loss_scale(scales() ? first_loss_scale() : LossScale{});
+    write_pending({});
   }
 
   const float* forward(const uint8_t* images, const Augmentation* augmentations) override {
+    begin_update();
     load_images(images, augmentations, {}, batch_, static_cast<int>(nodes_.front().in_size), image_,
                 stream_.get());
     run_forward();
@@ -291,10 +297,13 @@ class NetworkOf : public TrainingNetwork {
     run_backward();
   }
 
-  void update(const StepParameters* parameters) override {
-    check_gradients(table_, ranges_, range_count(), loss_scale_, stream_.get());
-    sgd(table_, ranges_, range_count(), parameters, loss_scale_, stream_.get());
-    if (scales()) update_loss_scale(loss_scale_, stream_.get());
+  void conclude(const StepParameters* parameters) override {
+    conclude_step(parameters, loss_scale_, pending_, scales(), stream_.get());
+  }
+
+  void apply_pending() override {
+    sgd(table_, ranges_, range_count(), pending_, stream_.get());
+    check(cudaMemsetAsync(pending_, 0, sizeof *pending_, stream_.get()), "cudaMemsetAsync");
   }
 
   void read(const std::string& name, std::span<float> values) const override {
@@ -639,12 +648,21 @@ class NetworkOf : public TrainingNetwork {
     output.gradients[static_cast<size_t>(output.gradient_count++)] = gradient;
   }
 
-  int64_t range_count() const {
-    int64_t count = 0;
-    for (const Parameter& of : parameters_)
-      count += (of.layout.stored_count() + kRangeElements - 1) / kRangeElements;
-    return count;
+  // Parameters are in the order of their nodes.
+  void plan_parts() {
+    std::vector<int64_t> ranges(nodes_.size());
+    for (size_t i = 0; i < nodes_.size(); ++i)
+      ranges[i] = ranges_of(work_[i].weight) + ranges_of(work_[i].bias);
+    parts_ = parameter_parts(ranges);
+    for (size_t part = 0; part < parts_.size(); ++part) work_[parts_[part].node].part = part;
   }
+
+  int64_t ranges_of(int parameter) const {
+    if (parameter < 0) return 0;
+    const int64_t count = parameters_[static_cast<size_t>(parameter)].layout.stored_count();
+    return (count + kRangeElements - 1) / kRangeElements;
+  }
+  int64_t range_count() const { return parts_.back().first + parts_.back().count; }
 
   void write_tables() {
     std::vector<ParameterTensor<T>> table;
@@ -661,11 +679,18 @@ class NetworkOf : public TrainingNetwork {
 
   // ---- Running ----
 
+  void run_passes() {
+    begin_update();
+    run_forward();
+    run_backward();
+  }
+
   void run_forward() {
     for (size_t i = 0; i < nodes_.size(); ++i) {
       const Node& node = nodes_[i];
       const Work& work = work_[i];
       void* y = outputs_[i].values;
+      if (work.part) end_update(*work.part);
       if (work.merges) join(Lane::shortcut);
       switch (node.op) {
         case Op::convolution:
@@ -728,9 +753,34 @@ class NetworkOf : public TrainingNetwork {
           run_linear_backward(i);
           break;
       }
+      if (work.part) check_part(*work.part);
       if (work.merges) fork(Lane::main, Lane::shortcut);
     }
     join(Lane::weights);
+  }
+
+  // The update that is pending goes from part to part on the lane of weights, ahead of the forward
+  // pass.
+  void begin_update() {
+    fork(Lane::main, Lane::weights);
+    update_part(0);
+  }
+  // Both lanes go on when `part` is updated, while the next one is.
+  void end_update(size_t part) {
+    join(Lane::weights);
+    fork(Lane::weights, Lane::shortcut);
+    if (part + 1 < parts_.size()) update_part(part + 1);
+  }
+  void update_part(size_t part) const {
+    sgd(table_, ranges_ + parts_[part].first, parts_[part].count, pending_,
+        stream_of(Lane::weights).get());
+  }
+  // Once the backward pass has been given all that makes the gradients of `part`.
+  void check_part(size_t part) const {
+    fork(Lane::main, Lane::weights);
+    fork(Lane::shortcut, Lane::weights);
+    check_gradients(table_, ranges_ + parts_[part].first, parts_[part].count, loss_scale_,
+                    stream_of(Lane::weights).get());
   }
 
   void run_linear_backward(size_t i) {
@@ -1054,10 +1104,7 @@ class NetworkOf : public TrainingNetwork {
           return work.kept_forward.has_value() || work.kept_backward.has_value();
         }))
       ways.push_back({"beside, two kernels", lanes(true, false)});
-    engines_.take_fastest("lanes of " + engines(), ways, stream_, [this] {
-      run_forward();
-      run_backward();
-    });
+    engines_.take_fastest("lanes of " + engines(), ways, stream_, [this] { run_passes(); });
   }
 
   PoolShape pool_shape(const Node& node) const {
@@ -1070,6 +1117,10 @@ class NetworkOf : public TrainingNetwork {
   // ---- Lookups and copies ----
 
   bool scales() const { return precision_ == Precision::fp16; }
+
+  void write_pending(const PendingUpdate& pending) {
+    write_device(pending_, std::span(&pending, 1), stream_);
+  }
 
   void restore_loss_scale(float scale, float good_steps) {
     int exponent = 0;
@@ -1140,11 +1191,13 @@ class NetworkOf : public TrainingNetwork {
   std::vector<Work> work_;
   std::vector<Parameter> parameters_;
   std::vector<Statistic> statistics_;
+  std::vector<ParameterPart> parts_;
   std::vector<std::pair<int64_t, int64_t>> norm_shapes_;  // rows and channels
   T* image_ = nullptr;                                    // [batch, size, size, 4]
   ParameterTensor<T>* table_ = nullptr;
   ParameterRange* ranges_ = nullptr;
   LossScale* loss_scale_ = nullptr;
+  PendingUpdate* pending_ = nullptr;
   std::array<LaneMemory, kLanes> memory_{};
   bool beside_ = false;
   bool one_kernel_ = true;

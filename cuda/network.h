@@ -1,9 +1,10 @@
 // A network in training on CUDA: forward, backward and SGD, enqueued on one stream and fit to be
 // captured in a graph. Convolutions are cuDNN's, the last product cuBLASLt's, everything between
-// them our own kernels. Beside the stream, joined to it within each pass, run a block's shortcut
-// and the weight gradients: small maps do not fill a GPU, and kernels that wait for memory leave it
-// time to multiply. Feature maps and operands have the network's precision T; weights,
-// momentum, statistics, batch-norm's gradients and the vectors after the pooling are fp32.
+// them our own kernels. Beside the stream, joined to it within each pass, run a block's shortcut,
+// the weight gradients and, under the next step's forward pass, SGD: small maps do not fill a GPU,
+// and kernels that wait for memory leave it time to multiply. Feature maps and operands have the
+// network's precision T; weights, momentum, statistics, batch-norm's gradients and the vectors
+// after the pooling are fp32.
 //
 // What is kept for the backward pass: each convolution's output and each batch-norm's but the one
 // before the max-pool, which makes that one as it reads; of the pool one byte an element. A
@@ -41,13 +42,21 @@ class TrainingNetwork {
   // Parameters from the seed, batch-norms as torch's, momentum 0. Waits for the stream.
   virtual void initialise(uint64_t seed) = 0;
 
-  // Enqueues the forward pass over images [batch, size, size, 3] by batch statistics, which also
-  // moves the running ones. Gives the embeddings [batch, embedding].
+  // A step: forward, backward, conclude. Its update stays pending until the next step's forward or
+  // apply_pending(), and the parameters and their momentum are those before it until then.
+  //
+  // Enqueues the update that is pending and the forward pass over images [batch, size, size, 3] by
+  // batch statistics, which also moves the running ones. Gives the embeddings [batch, embedding].
   virtual const float* forward(const uint8_t* images, const Augmentation* augmentations) = 0;
-  // Enqueues gradients of all parameters from that of the embeddings [batch, embedding].
+  // Enqueues gradients of all parameters from that of the embeddings [batch, embedding], and their
+  // check.
   virtual void backward(const float* grad_embeddings) = 0;
-  // Enqueues the check of the gradients, SGD and, in fp16, the loss scale's next value.
-  virtual void update(const StepParameters* parameters) = 0;
+  // Enqueues the decision which update is pending from now on (none where a gradient is not
+  // finite) and, in fp16, the loss scale's next value. Copies the parameters.
+  virtual void conclude(const StepParameters* parameters) = 0;
+  // Enqueues the update that is pending; then none is. After the last step of a run, so that the
+  // functions below see all of it.
+  virtual void apply_pending() = 0;
 
   virtual const std::vector<TensorInfo>& tensors() const = 0;
   // These wait for the stream.

@@ -79,7 +79,12 @@ class CudaSession : public TrainingSession {
   }
 
   ~CudaSession() override {
-    const DeviceScope scope(execution_.device);
+    std::optional<DeviceScope> scope;
+    try {
+      scope.emplace(execution_.device);
+    } catch (const Error&) {
+      // The device is lost, and with it what there is to give back.
+    }
     resources_.reset();
   }
 
@@ -94,18 +99,28 @@ class CudaSession : public TrainingSession {
     Resources& r = *resources_;
     r.folded_stale = true;
     size_t done = 0;
-    while (done < settings.size() && !cancelled.load(std::memory_order_relaxed)) {
-      check(cudaMemsetAsync(r.steps, 0, sizeof *r.steps, r.stream.get()), "cudaMemsetAsync");
-      const size_t most = std::min(settings.size() - done, kRingSteps);
-      size_t enqueued = 0;
-      while (enqueued < most && !cancelled.load(std::memory_order_relaxed)) {
-        enqueue_step(r.slots[enqueued % r.slots.size()], source, settings[done + enqueued],
-                     sources_of(enqueued));
-        ++enqueued;
+    try {
+      while (done < settings.size() && !cancelled.load(std::memory_order_relaxed)) {
+        check(cudaMemsetAsync(r.steps, 0, sizeof *r.steps, r.stream.get()), "cudaMemsetAsync");
+        const size_t most = std::min(settings.size() - done, kRingSteps);
+        size_t enqueued = 0;
+        while (enqueued < most && !cancelled.load(std::memory_order_relaxed)) {
+          enqueue_step(r.slots[enqueued % r.slots.size()], source, settings[done + enqueued],
+                       sources_of(enqueued));
+          ++enqueued;
+        }
+        read_figures(enqueued, stats.subspan(done, enqueued));
+        done += enqueued;
       }
-      read_figures(enqueued, stats.subspan(done, enqueued));
-      done += enqueued;
+    } catch (...) {
+      try {
+        r.network->apply_pending();
+      } catch (...) {
+        // The first error is the one to tell, and often the reason for this one.
+      }
+      throw;
     }
+    r.network->apply_pending();
     return static_cast<int64_t>(done);
   }
 
@@ -259,7 +274,7 @@ class CudaSession : public TrainingSession {
     pass.grad_embeddings = r.grad_embeddings;
     r.head->enqueue(pass, *r.products, r.stream);
     r.network->backward(r.grad_embeddings);
-    r.network->update(slot.parameters);
+    r.network->conclude(slot.parameters);
     r.head->join(r.stream);
   }
 
@@ -334,6 +349,7 @@ class CudaSession : public TrainingSession {
 
   [[noreturn]] void throw_non_finite() {
     TrainingNetwork& network = *resources_->network;
+    network.apply_pending();
     std::string tensor = network.first_non_finite();
     if (tensor.empty()) tensor = "a gradient";
     // Whoever writes sound values back trains on: the flag would skip every step.

@@ -5,8 +5,9 @@
 // GradScaler: a step whose gradients are not all finite is skipped and halves the scale; 2,000 good
 // steps in a row double it. Scales are powers of two, so scaling rounds nothing.
 //
-// In a step: check_gradients, SGD (reads non_finite), update_loss_scale. In bf16 and fp32 only
-// check_gradients, whose flag then stays until the host reads it.
+// In a step: check_gradients, in parts as the gradients come, then conclude_step (sgd.cuh), which
+// reads the flag. In fp16 it moves the scale and clears the flag; in bf16 and fp32 the flag stays
+// until the host reads it.
 #pragma once
 
 #include "cuda/kernels/parameters.cuh"
@@ -52,10 +53,8 @@ __global__ void __launch_bounds__(kRangeThreads)
   if (!finite) loss_scale->non_finite = 1;
 }
 
-// One thread.
-template <typename Scale>
-__global__ void update_loss_scale_kernel(Scale* state) {
-  Scale s = *state;
+// After a step whose gradients have been checked.
+__device__ inline LossScale next_loss_scale(LossScale s) {
   if (s.non_finite != 0) {
     s.scale = fmaxf(s.scale * 0.5F, kLeastLossScale);
     s.good_steps = 0;
@@ -66,7 +65,7 @@ __global__ void update_loss_scale_kernel(Scale* state) {
   }
   s.inverse = 1.0F / s.scale;
   s.non_finite = 0;
-  *state = s;
+  return s;
 }
 
 template <typename T>
@@ -74,10 +73,6 @@ void check_gradients(const ParameterTensor<T>* tensors, const ParameterRange* ra
                      LossScale* loss_scale, cudaStream_t stream) {
   launch("check_gradients", &check_gradients_kernel<T>, dim3(static_cast<unsigned>(count)),
          kRangeThreads, stream, tensors, ranges, loss_scale);
-}
-
-inline void update_loss_scale(LossScale* loss_scale, cudaStream_t stream) {
-  launch("update_loss_scale", &update_loss_scale_kernel<LossScale>, 1, 1, stream, loss_scale);
 }
 
 }  // namespace hardmine::cuda

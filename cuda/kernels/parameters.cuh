@@ -1,9 +1,11 @@
 // The network's parameters as one table in device memory, and how blocks are laid over it, so that
-// one launch handles all of them.
+// one launch handles many of them.
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "cuda/kernels/vectors.cuh"
@@ -42,6 +44,29 @@ inline std::vector<ParameterRange> parameter_ranges(std::span<const int64_t> cou
     for (int64_t first = 0; first < counts[tensor]; first += kRangeElements)
       ranges.push_back({first, static_cast<int>(tensor)});
   return ranges;
+}
+
+// Ranges of consecutive parameters, which one launch handles: those of the nodes from `node` on.
+struct ParameterPart {
+  size_t node;
+  int64_t first, count;
+};
+
+// The parts of nodes that have these many ranges each. Each is about four times the one before, as
+// the stages of a ResNet are; the first, which the first convolution waits for, is a 64th of all.
+inline std::vector<ParameterPart> parameter_parts(std::span<const int64_t> ranges) {
+  constexpr size_t kMostParts = 4;
+  const int64_t total = std::accumulate(ranges.begin(), ranges.end(), int64_t{0});
+  std::vector<ParameterPart> parts;
+  int64_t end = 0;
+  for (size_t node = 0; node < ranges.size(); ++node) {
+    if (ranges[node] == 0) continue;
+    const int64_t first = std::exchange(end, end + ranges[node]);
+    if (parts.empty() || end > total >> 2 * (kMostParts - parts.size()))
+      parts.push_back({node, first, 0});
+    parts.back().count = end - parts.back().first;
+  }
+  return parts;
 }
 
 // Up to kRangeWidth elements from `first`; what lies past `count` is 0.

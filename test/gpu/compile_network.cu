@@ -31,7 +31,7 @@ void instantiate() {
   average_pool_backward<T>(1, 1, 1, nullptr, nullptr, nullptr);
   convert<T>(nullptr, nullptr, 1, nullptr, nullptr);
   check_gradients<T>(nullptr, nullptr, 1, nullptr, nullptr);
-  sgd<T>(nullptr, nullptr, 1, nullptr, nullptr, nullptr);
+  sgd<T>(nullptr, nullptr, 1, nullptr, nullptr);
 }
 
 }  // namespace
@@ -41,5 +41,6 @@ void instantiate_all() {
   instantiate<__half>();
   instantiate<__nv_bfloat16>();
   hardmine::cuda::column_sums(nullptr, 1, 1, nullptr, nullptr);
-  hardmine::cuda::update_loss_scale(nullptr, nullptr);
+  for (const bool scales : {false, true})
+    hardmine::cuda::conclude_step(nullptr, nullptr, nullptr, scales, nullptr);
 }

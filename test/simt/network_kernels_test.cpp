@@ -881,10 +881,9 @@ TEST_CASE_TEMPLATE("SGD over a table of tensors", T, OPERAND_TYPES) {
       CAPTURE(decay_all);
       Parameters<T> p;
       CHECK(p.count() == 1 + 1 + 1 + 1 + 1 + 2 + 3);
-      const cuda::StepParameters step{0.1F, 0.9F, 5e-4F, decay_all ? 1 : 0, 1, 0};
-      Buffer<cuda::StepParameters> settings(std::vector{step}, "settings");
-      Buffer<cuda::LossScale> scale(
-          std::vector{cuda::LossScale{.scale = 1024, .inverse = 1.0F / 1024}}, "scale");
+      const cuda::PendingUpdate step{
+          0.1F, 0.9F, 5e-4F, decay_all ? 1 : 0, scaled ? 1.0F / 1024 : 1.0F, 1};
+      Buffer<cuda::PendingUpdate> pending(std::vector{step}, "pending");
       std::vector<Vector> weights, velocity;
       for (const auto& t : p.tensors) {
         weights.push_back(values_of(t->weights));
@@ -901,8 +900,7 @@ TEST_CASE_TEMPLATE("SGD over a table of tensors", T, OPERAND_TYPES) {
         }
       }
       for (int pass = 0; pass < 2; ++pass)
-        cuda::sgd<T>(p.table->data(), p.ranges->data(), p.count(), settings.data(),
-                     scaled ? scale.data() : nullptr, nullptr);
+        cuda::sgd<T>(p.table->data(), p.ranges->data(), p.count(), pending.data(), nullptr);
       for (size_t i = 0; i < p.tensors.size(); ++i) {
         auto& t = *p.tensors[i];
         CAPTURE(t.weights.size());
@@ -921,9 +919,14 @@ TEST_CASE_TEMPLATE("SGD over a table of tensors", T, OPERAND_TYPES) {
 TEST_CASE_TEMPLATE("one gradient that is not finite is found and skips the whole step", T,
                    OPERAND_TYPES) {
   Parameters<T> p;
+  Buffer<cuda::PendingUpdate> pending(1, "pending");
   Buffer<cuda::LossScale> scale(std::vector{cuda::first_loss_scale()}, "scale");
   Buffer<cuda::StepParameters> settings(
       std::vector{cuda::StepParameters{0.1F, 0.9F, 5e-4F, 0, 1, 0}}, "settings");
+  const auto update = [&] {
+    cuda::conclude_step(settings.data(), scale.data(), pending.data(), false, nullptr);
+    cuda::sgd<T>(p.table->data(), p.ranges->data(), p.count(), pending.data(), nullptr);
+  };
   p.check(scale.data());
   CHECK(scale[0].non_finite == 0);  // the NaN past the end of each gradient is nobody's
 
@@ -949,8 +952,7 @@ TEST_CASE_TEMPLATE("one gradient that is not finite is found and skips the whole
       weights.push_back(values_of(t->weights));
       velocity.push_back(values_of(t->velocity));
     }
-    cuda::sgd<T>(p.table->data(), p.ranges->data(), p.count(), settings.data(), scale.data(),
-                 nullptr);
+    update();
     for (size_t i = 0; i < p.tensors.size(); ++i) {
       CHECK(values_of(p.tensors[i]->weights) == weights[i]);
       CHECK(values_of(p.tensors[i]->velocity) == velocity[i]);
@@ -959,21 +961,43 @@ TEST_CASE_TEMPLATE("one gradient that is not finite is found and skips the whole
   }
   scale[0] = cuda::first_loss_scale();
   const float old = p.tensors[6]->weights[10'000];
-  cuda::sgd<T>(p.table->data(), p.ranges->data(), p.count(), settings.data(), scale.data(),
-               nullptr);
+  update();
   CHECK(p.tensors[6]->weights[10'000] != old);
   p.check_guards_of_all();
-  scale.check();
+  check_guards(scale, settings, pending);
+}
+
+TEST_CASE("parts of parameters follow each other, each about four times the one before") {
+  const auto parts_of = [](const std::vector<int64_t>& ranges) {
+    std::vector<std::vector<int64_t>> parts;
+    for (const cuda::ParameterPart& part : cuda::parameter_parts(ranges))
+      parts.push_back({static_cast<int64_t>(part.node), part.first, part.count});
+    return parts;
+  };
+  using Parts = std::vector<std::vector<int64_t>>;
+  CHECK(parts_of({1, 0, 3, 12, 48, 0}) == Parts{{0, 0, 1}, {2, 1, 3}, {3, 4, 12}, {4, 16, 48}});
+  CHECK(parts_of({4, 4, 4, 4, 16, 16, 16, 64, 64, 64}) ==
+        Parts{{0, 0, 4}, {1, 4, 12}, {4, 16, 48}, {7, 64, 192}});
+  CHECK(parts_of({100, 1}) == Parts{{0, 0, 100}, {1, 100, 1}});
+  CHECK(parts_of({0, 7}) == Parts{{1, 0, 7}});
 }
 
 TEST_CASE("the loss scale follows torch's GradScaler within its bounds") {
   Buffer<cuda::LossScale> state(std::vector{cuda::first_loss_scale()}, "loss scale");
+  Buffer<cuda::StepParameters> settings(
+      std::vector{cuda::StepParameters{0.1F, 0.9F, 5e-4F, 1, 1, 0}}, "settings");
+  Buffer<cuda::PendingUpdate> pending(1, "pending");
   cuda::LossScale& s = state[0];
   const auto step = [&](bool finite) {
     s.non_finite = finite ? 0 : 1;
-    cuda::update_loss_scale(state.data(), nullptr);
+    s.inverse = 1 / s.scale;
+    const float inverse = s.inverse;
+    cuda::conclude_step(settings.data(), state.data(), pending.data(), true, nullptr);
     CHECK(s.non_finite == 0);
     CHECK(s.inverse == 1 / s.scale);
+    // The update undoes the scale of its own step, not that of the next one.
+    CHECK(pending[0].inverse == inverse);
+    CHECK(pending[0].valid == (finite ? 1 : 0));
   };
   CHECK(s.scale == 65536);
   step(false);
@@ -997,5 +1021,13 @@ TEST_CASE("the loss scale follows torch's GradScaler within its bounds") {
   s.scale = 1;
   step(false);
   CHECK(s.scale == 1);
-  state.check();
+  CHECK(pending[0].lr == 0.1F);
+  CHECK(pending[0].momentum == 0.9F);
+  CHECK(pending[0].weight_decay == 5e-4F);
+  CHECK(pending[0].decay_all == 1);
+  s.non_finite = 1;
+  cuda::conclude_step(settings.data(), state.data(), pending.data(), false, nullptr);
+  CHECK(s.non_finite == 1);  // until the host has seen it
+  CHECK(pending[0].valid == 0);
+  check_guards(state, settings, pending);
 }

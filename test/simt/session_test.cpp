@@ -6,8 +6,11 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -253,7 +256,8 @@ TEST_CASE("CUDA: embeddings, gradients, statistics and SGD equal the double refe
       INFO(name);
       CHECK(relative_error(gradients[name], gradient) < tolerance.gradient);
     }
-    network->update(parameters);
+    network->conclude(parameters);
+    network->apply_pending();
     size_t compared = 0;
     for (const TensorInfo& tensor : network->tensors()) {
       INFO(tensor.name);
@@ -350,6 +354,198 @@ TEST_CASE("CUDA: batches are read before their memory is given away") {
       CHECK(read_tensor(*session, "conv1.weight") == expected);
       for (size_t i = 0; i < stats.size(); ++i)
         CHECK(stats[i].hardest.source == static_cast<int64_t>(i + 1));
+    }
+  }
+}
+
+namespace {
+
+// Says before every batch how many it has given.
+class WatchedBatch : public FixedBatch {
+ public:
+  explicit WatchedBatch(std::function<void(int)> before)
+      : FixedBatch(4, kSize, 7), before_(std::move(before)) {}
+  Batch next() override {
+    before_(given);
+    return FixedBatch::next();
+  }
+
+ private:
+  std::function<void(int)> before_;
+};
+
+// No two steps alike; the weights after the first are those before it.
+std::vector<StepSettings> changing_settings(size_t count) {
+  std::vector<StepSettings> settings(count);
+  for (size_t i = 0; i < count; ++i) {
+    settings[i].lr = 0.001F * static_cast<float>(i);
+    settings[i].momentum = 0.9F - 0.1F * static_cast<float>(i % 3);
+    settings[i].decay_all = i % 2 == 0;
+  }
+  return settings;
+}
+
+void check_same(const std::map<std::string, std::vector<float>>& ours,
+                const std::map<std::string, std::vector<float>>& expected) {
+  CHECK(ours.size() == expected.size());
+  for (const auto& [name, values] : ours) {
+    INFO(name);
+    CHECK(std::memcmp(values.data(), expected.at(name).data(), values.size() * 4) == 0);
+  }
+}
+
+#ifdef HARDMINE_SIMT
+// Sessions like one made before are to run their lanes in turn, as if that had been the fastest.
+void take_lanes_in_turn(const std::filesystem::path& cache) {
+  int taken = 0;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(cache)) {
+    if (!entry.is_regular_file()) continue;
+    std::string key, way;
+    std::ifstream in(entry.path());
+    std::getline(in, key);
+    std::getline(in, way);
+    if (!way.starts_with("beside")) continue;
+    std::ofstream(entry.path()) << key << "\nin turn\n";
+    ++taken;
+  }
+  CHECK(taken == 1);
+}
+#endif
+
+}  // namespace
+
+TEST_CASE("CUDA: steps in one run have the bits of steps one by one, read and written in between") {
+  const TemporaryFolder folder;
+  const Environment cache("XDG_CACHE_HOME", folder.path().string());
+  constexpr size_t kSteps = 6;
+  const std::vector<StepSettings> settings = changing_settings(kSteps);
+  // The last part of the parameters begins between a block's first convolution and its shortcut.
+  const std::vector<Node> nodes = small_network(kSize, 16, 128, kEmbedding, true);
+  struct Case {
+    Precision precision;
+    bool beside;
+  };
+  for (const auto& [precision, beside] : {Case{Precision::fp32, true},
+                                          {Precision::bf16, true},
+                                          {Precision::fp16, true},
+                                          {Precision::fp16, false}}) {
+#ifndef HARDMINE_SIMT  // there the lanes run as they are fastest
+    if (!beside) continue;
+#endif
+    CAPTURE(static_cast<int>(precision));
+    CAPTURE(beside);
+    std::map<std::string, std::vector<float>> expected;
+    std::vector<StepStats> expected_stats(kSteps), stats(kSteps);
+    std::vector<float> expected_embeddings(4 * kEmbedding), embeddings(4 * kEmbedding);
+    std::vector<float> scale;
+    for (uint64_t seed = 1; seed <= 2; ++seed) {
+      Gpu gpu(seed);
+      FixedBatch batch(4, kSize, 7);
+      Execution execution = in(precision);
+#ifdef HARDMINE_SIMT
+      execution.deterministic = beside;
+      gpu.fakes.options.uncompiled_engine = 2;  // the one whose bits are noise
+#endif
+      const auto make = [&] {
+        return cuda::make_cuda_session(nodes, head_of(7), 4, 1, execution, gpu.libraries);
+      };
+      if (precision == Precision::fp16 && scale.empty()) {
+        // The largest scale that fits, just before it grows: the second step overflows.
+        std::vector<StepStats> found(8);
+        const auto session = make();
+        session->train(batch, std::vector<StepSettings>(found.size(), {.lr = 0}), found, kGoOn);
+        scale = {read_tensor(*session, "loss_scale")[0], 1999};
+#ifdef HARDMINE_SIMT
+        if (!beside) take_lanes_in_turn(folder.path());
+#endif
+      }
+      if (seed == 1) {
+        const auto one_by_one = make();
+        if (!scale.empty()) one_by_one->write("loss_scale", scale);
+        for (size_t i = 0; i < kSteps; ++i) {
+          CHECK(one_by_one->train(batch, {&settings[i], 1}, {&expected_stats[i], 1}, kGoOn) == 1);
+          if (i % 3 != 2) continue;
+          one_by_one->embed(batch.images(), false, expected_embeddings);
+          expected = all_tensors(*one_by_one);
+          // Back as they were read; the head's would be normalised anew.
+          for (const auto& [name, values] : expected)
+            if (name.find("head.") == std::string::npos) one_by_one->write(name, values);
+        }
+        if (!scale.empty()) CHECK(expected.at("loss_scale") == std::vector<float>{scale[0], 4});
+      }
+      const auto session = make();
+      if (!scale.empty()) session->write("loss_scale", scale);
+      CHECK(session->train(batch, settings, stats, kGoOn) == kSteps);
+      check_same(all_tensors(*session), expected);
+      session->embed(batch.images(), false, embeddings);
+      CHECK(embeddings == expected_embeddings);
+      for (size_t i = 0; i < kSteps; ++i) {
+        CHECK(stats[i].loss == expected_stats[i].loss);
+        CHECK(stats[i].correct == expected_stats[i].correct);
+      }
+    }
+  }
+}
+
+TEST_CASE("CUDA: a run that ends in an error leaves the steps before it done") {
+  const std::vector<StepSettings> settings = changing_settings(5);
+  std::vector<StepStats> stats(settings.size());
+  Gpu gpu;
+  FixedBatch batch(4, kSize, 7);
+  const auto make = [&] {
+    return cuda::make_cuda_session(small(), head_of(7), 4, 1, in(Precision::bf16), gpu.libraries);
+  };
+  const auto whole = make(), broken = make();
+  whole->train(batch, {settings.data(), 3}, stats, kGoOn);
+  WatchedBatch ending([](int given) {
+    if (given == 3) throw std::runtime_error("no more images");
+  });
+  CHECK_THROWS_WITH(broken->train(ending, settings, stats, kGoOn), "no more images");
+  check_same(all_tensors(*broken), all_tensors(*whole));
+
+  std::atomic<bool> cancelled{false};
+  WatchedBatch cancelling([&](int given) { cancelled = given == 1; });
+  whole->train(batch, {settings.data(), 2}, stats, kGoOn);
+  CHECK(broken->train(cancelling, settings, stats, cancelled) == 2);
+  check_same(all_tensors(*broken), all_tensors(*whole));
+
+#ifdef HARDMINE_SIMT  // needs a device that can be lost
+  WatchedBatch losing([&](int given) {
+    if (given < 2) return;
+    gpu.device.lose(cudaErrorECCUncorrectable);
+    throw std::runtime_error("no more images");
+  });
+  CHECK_THROWS_WITH(broken->train(losing, settings, stats, kGoOn), "no more images");
+#endif
+}
+
+TEST_CASE("CUDA: a step that is not finite ends a run after the updates before it") {
+  std::vector<StepSettings> settings = changing_settings(5);
+  settings[2].lr = 1e30F;  // the fourth step's maps overflow
+  std::vector<StepStats> stats(settings.size());
+  for (const Precision precision : {Precision::fp32, Precision::bf16}) {
+    Gpu gpu;
+    FixedBatch batch(4, kSize, 7);
+    const auto make = [&] {
+      return cuda::make_cuda_session(small(), head_of(7), 4, 1, in(precision), gpu.libraries);
+    };
+    const auto whole = make(), one_by_one = make();
+    for (size_t i = 0; i < 3; ++i) one_by_one->train(batch, {&settings[i], 1}, stats, kGoOn);
+    const auto expected = all_tensors(*one_by_one);
+    const std::string message = error_of(
+        [&] {
+          one_by_one->train(batch, {&settings[3], 1}, stats, kGoOn);
+        },
+        codes::kNonFinite);
+    CHECK(error_of([&] { whole->train(batch, settings, stats, kGoOn); }, codes::kNonFinite) ==
+          message);
+    for (const TensorInfo& tensor : whole->tensors()) {
+      // The head's updates and the statistics are those of every step that ran.
+      if (tensor.role == TensorRole::statistic || tensor.name.find("head.") != std::string::npos)
+        continue;
+      INFO(tensor.name);
+      for (const auto* session : {whole.get(), one_by_one.get()})
+        CHECK(read_tensor(*session, tensor.name) == expected.at(tensor.name));
     }
   }
 }
