@@ -77,7 +77,7 @@ export async function link(objects, program, libraries) {
   if (status !== 0) throw new Error(`${program} does not link:\n${output}`);
 }
 
-const TEST_SECONDS = 300; // many times what a suite takes; a bug may make a kernel wait for ever
+const TEST_SECONDS = 600; // many times what a suite takes; a bug may make a kernel wait for ever
 
 /** Runs a doctest program; undefined when it passes, else the first test that failed and all it printed. */
 export async function doctest(program) {
