@@ -27,20 +27,7 @@ enum Tensor : int64_t {
 };
 static_assert(kConstant <= kMostTensors);
 
-cudnn::DataType data_type(Precision precision) {
-  switch (precision) {
-    case Precision::fp16:
-      return cudnn::DataType::fp16;
-    case Precision::bf16:
-      return cudnn::DataType::bf16;
-    default:
-      return cudnn::DataType::fp32;
-  }
-}
-const char* name_of(Precision precision) {
-  return precision == Precision::fp16 ? "fp16" : precision == Precision::bf16 ? "bf16" : "fp32";
-}
-const char* name_of(ConvolutionPass pass) {
+const char* pass_name(ConvolutionPass pass) {
   switch (pass) {
     case ConvolutionPass::forward:
       return "forward";
@@ -102,7 +89,7 @@ std::string describe(const ConvolutionShape& s, ConvolutionPass pass) {
     return "[" + std::to_string(s.batch) + ", " + std::to_string(size) + ", " +
            std::to_string(size) + ", " + std::to_string(channels) + "]";
   };
-  return std::string("the ") + name_of(pass) + " of a convolution " +
+  return std::string("the ") + pass_name(pass) + " of a convolution " +
          map(s.in_size, s.in_channels) + " -> " + map(s.out_size, s.out_channels) + ", kernel " +
          std::to_string(s.kernel) + ", stride " + std::to_string(s.stride) + ", padding " +
          std::to_string(s.padding) + ", " + name_of(s.precision);

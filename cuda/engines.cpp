@@ -19,7 +19,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr size_t kCandidates = 8;   // timed per graph
 constexpr int64_t kAlignment = 16;  // bytes, promised for every tensor
 
 // cudnnStatus_t numbers from 3000 are kinds of "not supported"; from 4000 and 5000 on, what went
@@ -134,6 +133,13 @@ const CudnnDescriptor& GraphBuilder::map(int64_t id, cudnn::DataType type, int64
   return made;
 }
 
+const CudnnDescriptor& GraphBuilder::scalar(int64_t id) {
+  CudnnDescriptor& made = tensor(id, cudnn::DataType::fp32, 1, 1, 1);
+  made.set(cudnn::Attribute::tensor_is_by_value, cudnn::AttributeType::boolean, true);
+  made.finalise(what_);
+  return made;
+}
+
 const CudnnDescriptor& GraphBuilder::between(cudnn::DataType type, int64_t n, int64_t c,
                                              int64_t size) {
   CudnnDescriptor& made = tensor(++last_between_, type, n, c, size);
@@ -150,7 +156,7 @@ CudnnDescriptor& GraphBuilder::pointwise(cudnn::PointwiseMode mode) {
   how.set(Attribute::pointwise_compute_type, AttributeType::data_type, cudnn::DataType::fp32);
   how.finalise(what_);
   CudnnDescriptor& operation = part(cudnn::DescriptorType::operation_pointwise);
-  operation.set(Attribute::operation_pointwise_pointwise, how);
+  operation.set(Attribute::operation_pointwise_mode, how);
   return operation;
 }
 
@@ -176,6 +182,21 @@ void GraphBuilder::add(CudnnDescriptor& operation) {
   if (refused_) return;
   refused_ = !operation.finalise_unless_refused(what_);
   operations_.push_back(operation.get());
+}
+
+cudnn::DataType data_type(Precision precision) {
+  switch (precision) {
+    case Precision::fp16:
+      return cudnn::DataType::fp16;
+    case Precision::bf16:
+      return cudnn::DataType::bf16;
+    default:
+      return cudnn::DataType::fp32;
+  }
+}
+
+const char* name_of(Precision precision) {
+  return precision == Precision::fp16 ? "fp16" : precision == Precision::bf16 ? "bf16" : "fp32";
 }
 
 // ---- The plans of a session ----
@@ -272,6 +293,10 @@ EnginePlan& Engines::plan(const Graph& graph) {
                                    " of workspace; `npm run setup:cuda` brings a newer one.");
 }
 
+void Engines::keep(const std::function<bool(const EnginePlan&)>& wanted) {
+  std::erase_if(plans_, [&](const auto& plan) { return !wanted(*plan.second); });
+}
+
 std::string Engines::describe() const {
   std::string text = "cuDNN " + version_text(cudnn_.get_version());
   for (const auto& [what, plan] : plans_) text += "; " + what + ": " + plan->id();
@@ -285,6 +310,7 @@ EnginePlan::~EnginePlan() = default;
 EnginePlan::EnginePlan(Engines& owner, const Engines::Graph& graph)
     : owner_(owner),
       what_(graph.what),
+      enough_(owner.choice_.deterministic ? 1 : graph.candidates),
       exact_fp32_(graph.precision == Precision::fp32 && !owner.tf32_),
       builder_(owner.cudnn_, what_) {
   if (const std::string& json = owner.device_properties_; !json.empty()) {
@@ -328,7 +354,7 @@ void EnginePlan::add_candidates(cudnn::HeuristicMode mode) {
   using cudnn::AttributeType;
   using cudnn::DescriptorType;
   const Cudnn& library = owner_.cudnn_;
-  const size_t enough = owner_.choice_.deterministic || !wanted_.empty() ? 1 : kCandidates;
+  const size_t enough = wanted_.empty() ? enough_ : 1;
   CudnnDescriptor heuristic(library, DescriptorType::engine_heuristic);
   heuristic.set(Attribute::heuristic_operation_graph, *graph_);
   heuristic.set(Attribute::heuristic_mode, AttributeType::heuristic_mode, mode);

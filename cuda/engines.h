@@ -73,7 +73,8 @@ class CudnnDescriptor {
 // Tensors of a graph have ids from 1 to this.
 inline constexpr int64_t kMostTensors = 20;
 
-// What a plan works on: the tensors by id, null where the graph has none, all 16-byte aligned.
+// What a plan works on: the tensors by id, null where the graph has none, those on the device
+// 16-byte aligned.
 struct EnginePointers {
   std::array<void*, kMostTensors + 1> tensors{};
   void* workspace = nullptr;
@@ -90,6 +91,8 @@ class GraphBuilder {
   const CudnnDescriptor& map(int64_t id, cudnn::DataType type, int64_t n, int64_t c, int64_t size);
   // The same between two operations, which is never in memory.
   const CudnnDescriptor& between(cudnn::DataType type, int64_t n, int64_t c, int64_t size);
+  // A float in the host's memory, read when the plan is enqueued.
+  const CudnnDescriptor& scalar(int64_t id);
   // To be given attributes, then finalised or added.
   CudnnDescriptor& part(cudnn::DescriptorType type);
   // The next operation. One that this cuDNN does not know, or not here, is no error: no engine is
@@ -112,6 +115,10 @@ class GraphBuilder {
   int64_t last_between_ = kMostTensors;  // ids behind those that have pointers
   bool refused_ = false;
 };
+
+// As cuDNN calls a precision, and as messages do.
+cudnn::DataType data_type(Precision precision);
+const char* name_of(Precision precision);
 
 // How plans are picked.
 struct EngineChoice {
@@ -140,12 +147,15 @@ class Engines {
     std::string what;  // with its shape; names the plan, the file in the cache and errors
     Precision precision = Precision::fp32;
     std::function<void(GraphBuilder&)> build;
+    size_t candidates = 8;  // timed at most
   };
   // The plan of a graph, the same object each time; it lives as long as this. Throws
   // codes::kBackend where cuDNN has no engine for it.
   EnginePlan& plan(const Graph& graph);
   // Null where it has none.
   EnginePlan* find_plan(const Graph& graph);
+  // Gives back the plans that are not wanted.
+  void keep(const std::function<bool(const EnginePlan&)>& wanted);
   // Every plan's graph and id, in a fixed order.
   std::string describe() const;
   // Makes what runs on `stream` need. The first run there does too, when memory may be short.
@@ -160,14 +170,14 @@ class Engines {
   // was found once is kept on disk: a session that goes on is to compute as before.
   void take_fastest(const std::string& what, const std::vector<Way>& ways, const Stream& stream,
                     const std::function<void()>& run) const;
+  // The way to do `what` that was found the fastest on this GPU, by any session before; empty where
+  // nothing is known.
+  std::string recall(const std::string& what) const;
 
  private:
   friend class EnginePlan;
   using Handle = std::unique_ptr<struct cudnn::Context, cudnn::Status (*)(cudnn::Handle)>;
   Handle make_handle() const;
-  // What was found to be the fastest way to do `what` on this GPU, by any session before; empty
-  // where nothing is known.
-  std::string recall(const std::string& what) const;
   void remember(const std::string& what, const std::string& way) const;
   std::string cache_key(const std::string& what) const;
 
@@ -211,6 +221,7 @@ class EnginePlan {
 
   Engines& owner_;
   std::string what_;
+  size_t enough_;                                       // candidates
   bool exact_fp32_;                                     // no engine may round its operands
   std::string wanted_;                                  // the candidate that the cache names
   std::unique_ptr<CudnnDescriptor> device_properties_;  // of a GPU that is not here

@@ -42,6 +42,8 @@ enum class PointwiseMode : int {
 enum class ConvolutionMode : int { convolution = 0, cross_correlation = 1 };
 enum class HeuristicMode : int { fallback = 2, a = 3 };
 enum class StatisticsMode : int { sum_and_squares = 0 };
+enum class NormMode : int { batch = 2 };
+enum class NormPhase : int { inference = 0, training = 1 };
 
 enum class NumericalNote : int {
   tensor_core = 0,
@@ -66,6 +68,8 @@ enum class DescriptorType : int {
   variant_pack = 16,
   tensor = 17,
   operation_norm_backward_weights = 23,
+  operation_norm_forward = 29,
+  operation_norm_backward = 30,
   device_properties = 38,  // since 9.8, as its attributes
 };
 
@@ -84,6 +88,8 @@ enum class AttributeType : int {
   descriptor = 15,
   statistics_mode = 16,
   character = 24,
+  norm_mode = 27,
+  norm_phase = 28,
 };
 
 enum class Attribute : int {
@@ -125,7 +131,7 @@ enum class Attribute : int {
   convolution_backward_filter_dw = 715,
   convolution_backward_filter_x = 716,
   convolution_backward_filter_dy = 717,
-  operation_pointwise_pointwise = 750,
+  operation_pointwise_mode = 750,  // a pointwise descriptor
   operation_pointwise_x = 751,
   operation_pointwise_b = 752,
   operation_pointwise_y = 753,
@@ -144,6 +150,7 @@ enum class Attribute : int {
   tensor_strides = 903,
   tensor_unique_id = 906,
   tensor_is_virtual = 907,
+  tensor_is_by_value = 908,
   variant_pack_unique_ids = 1000,
   variant_pack_data_pointers = 1001,
   variant_pack_workspace = 1003,
@@ -160,6 +167,24 @@ enum class Attribute : int {
   norm_backward_weights_by_dy = 1628,
   norm_backward_weights_by_x = 1629,
   norm_backward_weights_constant = 1630,
+  norm_forward_mode = 2000,
+  norm_forward_phase = 2001,
+  norm_forward_x = 2002,
+  norm_forward_mean = 2003,
+  norm_forward_inverse_deviation = 2004,
+  norm_forward_scale = 2005,
+  norm_forward_bias = 2006,
+  norm_forward_epsilon = 2007,
+  norm_forward_y = 2013,
+  norm_backward_mode = 2100,
+  norm_backward_x = 2101,
+  norm_backward_mean = 2102,
+  norm_backward_inverse_deviation = 2103,
+  norm_backward_dy = 2104,
+  norm_backward_scale = 2105,
+  norm_backward_dscale = 2107,
+  norm_backward_dbias = 2108,
+  norm_backward_dx = 2109,
   device_properties_json = 2702,
 };
 

@@ -18,6 +18,7 @@
 #include "cuda/kernels/pooling.cuh"
 #include "cuda/kernels/sgd.cuh"
 #include "cuda/maps.h"
+#include "cuda/norm_graph.h"
 #include "cuda/products.h"
 #include "cuda/transfer.h"
 
@@ -26,6 +27,8 @@ namespace {
 
 const std::string kMomentumPrefix = "momentum/";
 const std::string kLossScale = "loss_scale";
+// The way of a batch-norm that is cuDNN's.
+constexpr const char* kLibrary = "library";
 
 // A trained tensor. Convolution weights are [out, kernel, kernel, in] here and torch's [out, in,
 // kernel, kernel] outside.
@@ -85,6 +88,9 @@ struct Work {
   bool summed = false;     // one whose parameters' gradients come with that convolution's dx
   // A batch-norm by one kernel keeps what it reads of this many rows; by two if there is none.
   std::optional<int> kept_forward, kept_backward;
+  // By cuDNN's engine where there is one: offered until the fastest way is chosen, then taken.
+  EnginePlan* library_forward = nullptr;
+  EnginePlan* library_backward = nullptr;
   int weight = -1, bias = -1;  // indices of its parameters
   std::optional<size_t> part;  // of the parameters, which begins with this node
   EnginePlan* forward = nullptr;
@@ -179,6 +185,7 @@ class NetworkOf : public TrainingNetwork {
     plan_pooled();
     for (size_t i = 0; i < nodes_.size(); ++i) plan_work(i);
     for (size_t i = 0; i < nodes_.size(); ++i) plan_lanes(i);
+    for (size_t i = 0; i < nodes_.size(); ++i) plan_library(i);
     plan_parts();
   }
 
@@ -186,11 +193,16 @@ class NetworkOf : public TrainingNetwork {
   const std::vector<TensorInfo>& tensors() const override { return tensors_; }
   std::string engines() const override {
     std::string text = engines_.describe();
-    for (size_t i = 0; i < nodes_.size(); ++i)
-      for (const auto& [does, what] : {std::pair{work_[i].with_sums, " with sums"},
-                                       std::pair{work_[i].applied, " applied by its reader"},
-                                       std::pair{work_[i].summed, " summed by its reader"}})
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      const Work& work = work_[i];
+      for (const auto& [does, what] :
+           {std::pair{work.with_sums, " with sums"},
+            std::pair{work.library_forward != nullptr, " forward by cuDNN"},
+            std::pair{work.library_backward != nullptr, " backward by cuDNN"},
+            std::pair{work.applied, " applied by its reader"},
+            std::pair{work.summed, " summed by its reader"}})
         if (does) text += "; " + nodes_[i].name + what;
+    }
     return text;
   }
 
@@ -250,6 +262,7 @@ class NetworkOf : public TrainingNetwork {
       if (work_[i].norm_forward != nullptr && work_[i].norm_weights != nullptr) choose_applied(i);
       if (work_[i].norm_data != nullptr) choose_summed(i);
     }
+    drop_library();
     write_tables();
     // An update by nothing takes as long as any.
     write_pending({.valid = 1});
@@ -536,6 +549,27 @@ class NetworkOf : public TrainingNetwork {
     work_[i].merges = true;
   }
 
+  // cuDNN's engines for batch-norm i, on the main lane as what rows_to_keep() tells of. They are
+  // compiled here, so none is wanted where another way is known to be faster.
+  void plan_library(size_t i) {
+    const Node& node = nodes_[i];
+    Work& work = work_[i];
+    if (node.op != Op::batch_norm || deterministic_ || node.fixed_scale || outputs_[i].vector ||
+        work.lane != Lane::main)
+      return;
+    const NormShape shape{batch_, node.out_channels, node.out_size, precision_};
+    const bool relu = node.activation == Activation::relu, residual = node.residual >= 0;
+    const auto find = [&](const std::string& what, const Engines::Graph& graph) {
+      const std::string known = engines_.recall(what);
+      return known.empty() || known == kLibrary ? engines_.find_plan(graph) : nullptr;
+    };
+    if (!work.pooled)
+      work.library_forward =
+          find(describe_norm("forward", i), norm_forward_graph(shape, residual, relu));
+    if (relu && !residual && outputs_[i].readers == 1)
+      work.library_backward = find(describe_norm("backward", i), norm_backward_graph(shape));
+  }
+
   void layout_workspaces(Arena& arena) {
     std::array<size_t, kLanes> bytes{product_workspace_bytes(compute_major())};
     const auto need = [&](Lane lane, const EnginePlan* plan) {
@@ -554,6 +588,8 @@ class NetworkOf : public TrainingNetwork {
       need(work.lane, work.norm_data);
       need(Lane::weights, work.weights);
       need(Lane::weights, work.norm_weights);
+      need(Lane::main, work.library_forward);
+      need(Lane::main, work.library_backward);
     }
     for (size_t lane = 0; lane < kLanes; ++lane) {
       memory_[lane].workspace_bytes = bytes[lane];
@@ -818,16 +854,16 @@ class NetworkOf : public TrainingNetwork {
                                  memory_of(work.lane).workspace});
   }
   // The same where the convolution reads a batch-norm and does some of its work.
-  EnginePointers norm_forward_pointers(size_t i) {
+  EnginePointers reader_forward_pointers(size_t i) {
     return applied_norm(forward_pointers(i, true), i);
   }
-  EnginePointers norm_weight_pointers(size_t i) { return applied_norm(weight_pointers(i), i); }
+  EnginePointers reader_weight_pointers(size_t i) { return applied_norm(weight_pointers(i), i); }
   EnginePointers applied_norm(const EnginePointers& pointers, size_t i) {
     const auto norm = static_cast<size_t>(nodes_[i].input);
     T* scale = static_cast<T*>(work_[norm].scale_bias);
     return with_applied_norm(pointers, {input_of(norm), scale, scale + outputs_[norm].channels});
   }
-  EnginePointers norm_data_pointers(size_t i) {
+  EnginePointers reader_data_pointers(size_t i) {
     const auto at = static_cast<size_t>(nodes_[i].input);
     const Work& work = work_[at];
     return with_norm_gradient(
@@ -843,7 +879,7 @@ class NetworkOf : public TrainingNetwork {
     const Work& work = work_[i];
     const Stream& stream = stream_of(work.lane);
     if (applies_norm(i)) {
-      work.norm_forward->run(norm_forward_pointers(i), stream);
+      work.norm_forward->run(reader_forward_pointers(i), stream);
     } else {
       (work.with_sums ? work.forward_with_sums : work.forward)
           ->run(forward_pointers(i, work.with_sums), stream);
@@ -853,7 +889,7 @@ class NetworkOf : public TrainingNetwork {
     const Work& work = work_[i];
     const Stream& stream = stream_of(Lane::weights);
     if (applies_norm(i)) {
-      work.norm_weights->run(norm_weight_pointers(i), stream);
+      work.norm_weights->run(reader_weight_pointers(i), stream);
     } else {
       work.weights->run(weight_pointers(i), stream);
     }
@@ -862,41 +898,72 @@ class NetworkOf : public TrainingNetwork {
     const Work& work = work_[i];
     const Stream& stream = stream_of(work.lane);
     if (work_[static_cast<size_t>(nodes_[i].input)].summed) {
-      work.norm_data->run(norm_data_pointers(i), stream);
+      work.norm_data->run(reader_data_pointers(i), stream);
     } else {
       work.data->run(data_pointers(i), stream);
     }
   }
 
-  // How batch-norm i runs: by two kernels each way, by one, or forward from sums that come with the
-  // convolution before it, which is timed with it.
+  EnginePointers library_forward_pointers(size_t i) {
+    const Node& node = nodes_[i];
+    const Work& work = work_[i];
+    return norm_forward_pointers(
+        {input_of(i),
+         node.residual < 0 ? nullptr : outputs_[static_cast<size_t>(node.residual)].values,
+         outputs_[i].values, values_of(work.weight), values_of(work.bias), work.norm.mean,
+         work.norm.inverse_deviation, memory_of(Lane::main).workspace});
+  }
+  EnginePointers library_backward_pointers(size_t i) {
+    const Work& work = work_[i];
+    return norm_backward_pointers({input_of(i), work.dy[0].values, work.dx.values,
+                                   values_of(work.weight), values_of(work.bias), work.norm.mean,
+                                   work.norm.inverse_deviation, work.norm_gradient.gamma,
+                                   work.norm_gradient.beta, memory_of(Lane::main).workspace});
+  }
+
+  // How batch-norm i runs: by two kernels each way, by one, by cuDNN's engine, or forward from sums
+  // that come with the convolution before it, which is timed with it.
   void choose_norm(size_t i) {
     if (deterministic_) return;
     Work& work = work_[i];
     const auto from = static_cast<size_t>(nodes_[i].input);
     Work& before = work_[from];
+    EnginePlan* const library_forward = work.library_forward;
+    EnginePlan* const library_backward = work.library_backward;
     const auto [forward_rows, backward_rows] =
         outputs_[i].vector ? rows_to_keep<float>(i) : rows_to_keep<T>(i);
-    const auto forward_by = [&](bool with_sums, std::optional<int> kept) {
-      return [&, with_sums, kept] {
+    const auto forward_by = [&](bool with_sums, std::optional<int> kept, EnginePlan* library) {
+      return [&, with_sums, kept, library] {
         before.with_sums = with_sums;
         work.kept_forward = kept;
+        work.library_forward = library;
         if (with_sums) before.forward_with_sums->choose(forward_pointers(from, true), stream_);
+        if (library != nullptr) library->choose(library_forward_pointers(i), stream_);
       };
     };
-    std::vector<Engines::Way> forward{{"two kernels", forward_by(false, {})}};
-    if (forward_rows) forward.push_back({"one kernel", forward_by(false, forward_rows)});
-    if (before.forward_with_sums != nullptr) forward.push_back({"sums", forward_by(true, {})});
-    const std::string what = describe_norm(i);
-    engines_.take_fastest("forward of " + what, forward, stream_, [&] {
+    std::vector<Engines::Way> forward{{"two kernels", forward_by(false, {}, nullptr)}};
+    if (forward_rows) forward.push_back({"one kernel", forward_by(false, forward_rows, nullptr)});
+    if (before.forward_with_sums != nullptr)
+      forward.push_back({"sums", forward_by(true, {}, nullptr)});
+    if (library_forward != nullptr)
+      forward.push_back({kLibrary, forward_by(false, {}, library_forward)});
+    engines_.take_fastest(describe_norm("forward", i), forward, stream_, [&] {
       if (before.forward != nullptr) run_convolution(from);
       run_batch_norm(i);
     });
 
-    std::vector<Engines::Way> backward{{"two kernels", [&] { work.kept_backward.reset(); }}};
-    if (backward_rows)
-      backward.push_back({"one kernel", [&] { work.kept_backward = backward_rows; }});
-    engines_.take_fastest("backward of " + what, backward, stream_,
+    const auto backward_by = [&](std::optional<int> kept, EnginePlan* library) {
+      return [&, kept, library] {
+        work.kept_backward = kept;
+        work.library_backward = library;
+        if (library != nullptr) library->choose(library_backward_pointers(i), stream_);
+      };
+    };
+    std::vector<Engines::Way> backward{{"two kernels", backward_by({}, nullptr)}};
+    if (backward_rows) backward.push_back({"one kernel", backward_by(backward_rows, nullptr)});
+    if (library_backward != nullptr)
+      backward.push_back({kLibrary, backward_by({}, library_backward)});
+    engines_.take_fastest(describe_norm("backward", i), backward, stream_,
                           [&] { run_batch_norm_backward(i); });
   }
 
@@ -924,18 +991,19 @@ class NetworkOf : public TrainingNetwork {
         work_[first].dy[0].values = dx;
         if (!is) return;
         work_[first].forward_with_sums->choose(forward_pointers(first, true), stream_);
-        work_[i].norm_forward->choose(norm_forward_pointers(i), stream_);
-        work_[i].norm_weights->choose(norm_weight_pointers(i), stream_);
+        work_[i].norm_forward->choose(reader_forward_pointers(i), stream_);
+        work_[i].norm_weights->choose(reader_weight_pointers(i), stream_);
       };
     };
-    engines_.take_fastest("applied by " + work_[i].forward->describe() + ": " + describe_norm(norm),
-                          {{"no", applied(false)}, {"yes", applied(true)}}, stream_, [&] {
-                            run_convolution(first);
-                            run_batch_norm(norm);
-                            run_convolution(i);
-                            run_batch_norm(last);
-                            run_weight_gradient(i);
-                          });
+    engines_.take_fastest(
+        work_[i].forward->describe() + " applies the " + describe_norm("forward", norm),
+        {{"no", applied(false)}, {"yes", applied(true)}}, stream_, [&] {
+          run_convolution(first);
+          run_batch_norm(norm);
+          run_convolution(i);
+          run_batch_norm(last);
+          run_weight_gradient(i);
+        });
   }
 
   // Whether the gradients of the batch-norm that convolution i reads come with its data gradient.
@@ -944,26 +1012,41 @@ class NetworkOf : public TrainingNetwork {
     const auto summed = [&](bool is) {
       return [&, is] {
         work_[norm].summed = is;
-        if (is) work_[i].norm_data->choose(norm_data_pointers(i), stream_);
+        if (is) work_[i].norm_data->choose(reader_data_pointers(i), stream_);
       };
     };
-    engines_.take_fastest("summed by " + work_[i].data->describe() + ": " + describe_norm(norm),
-                          {{"no", summed(false)}, {"yes", summed(true)}}, stream_, [&] {
-                            run_data_gradient(i);
-                            run_batch_norm_backward(norm);
-                          });
+    engines_.take_fastest(
+        work_[i].data->describe() + " sums the " + describe_norm("backward", norm),
+        {{"no", summed(false)}, {"yes", summed(true)}}, stream_, [&] {
+          run_data_gradient(i);
+          run_batch_norm_backward(norm);
+        });
   }
 
-  std::string describe_norm(size_t i) const {
+  // Of cuDNN's engines for batch-norms those that a layer has taken stay: a session that looks up
+  // what another has timed makes no others, and is to be described as that one.
+  void drop_library() {
+    engines_.keep([this](const EnginePlan& plan) {
+      return std::any_of(work_.begin(), work_.end(), [&](const Work& work) {
+        const auto plans = {work.forward,   work.forward_with_sums, work.data,
+                            work.weights,   work.norm_forward,      work.norm_weights,
+                            work.norm_data, work.library_forward,   work.library_backward};
+        return std::find(plans.begin(), plans.end(), &plan) != plans.end();
+      });
+    });
+  }
+
+  // What is timed.
+  std::string describe_norm(const std::string& direction, size_t i) const {
     const Node& node = nodes_[i];
     const Work& before = work_[static_cast<size_t>(node.input)];
-    return "batch-norm [" + std::to_string(outputs_[i].rows) + ", " +
+    return direction + " of batch-norm [" + std::to_string(outputs_[i].rows) + ", " +
            std::to_string(outputs_[i].channels) + "], " +
            kNumberNames[static_cast<int>(outputs_[i].vector ? NumberType::fp32
                                                             : number_type<T>())] +
            (node.activation == Activation::relu ? ", ReLU" : "") +
            (node.residual >= 0 ? ", residual" : "") +
-           (work_[i].dy[1].values != nullptr ? ", two gradients" : "") +
+           (outputs_[i].readers == 2 ? ", two gradients" : "") +
            (before.forward != nullptr ? " after " + before.forward->describe() : "");
   }
 
@@ -1030,9 +1113,12 @@ class NetworkOf : public TrainingNetwork {
       batch_norm_to_apply(work.norm, before.sums, scale, scale + work.norm.channels, stream);
     } else if (before.with_sums) {
       batch_norm_forward_from_sums(work.norm, before.sums, x, residual, y, relu, stream);
-    } else if (work.kept_forward && one_kernel_) {
+    } else if (work.kept_forward && blocks_wait_) {
       batch_norm_forward_whole(work.norm, *work.kept_forward, x, residual, y, relu, scratch,
                                stream);
+    } else if (work.library_forward != nullptr && blocks_wait_) {
+      work.library_forward->run(library_forward_pointers(i), stream_);
+      finish_batch_norm(work.norm, stream);
     } else {
       batch_statistics(work.norm, x, scratch, stream);
       if (!work.pooled) batch_norm_forward(work.norm, x, residual, y, relu, stream);
@@ -1054,9 +1140,11 @@ class NetworkOf : public TrainingNetwork {
     const cudaStream_t stream = stream_of(work.lane).get();
     if (work.summed) {
       batch_norm_backward_from_gradient(work.norm, work.norm_gradient, x, dy, dx, stream);
-    } else if (work.kept_backward && one_kernel_) {
+    } else if (work.kept_backward && blocks_wait_) {
       batch_norm_backward_whole(work.norm, work.norm_gradient, *work.kept_backward, x, y, relu, dy,
                                 dy_other, dx, scratch, stream);
+    } else if (work.library_backward != nullptr && blocks_wait_) {
+      work.library_backward->run(library_backward_pointers(i), stream_);
     } else {
       batch_norm_backward(work.norm, work.norm_gradient, x, y, relu, dy, dy_other, dx, scratch,
                           stream);
@@ -1090,18 +1178,20 @@ class NetworkOf : public TrainingNetwork {
 
   // Whether the lanes run beside each other, which changes no bit: large maps may fill the GPU one
   // by one, and then only take each other's place in its caches. And whether batch-norms that are
-  // faster as one kernel stay so: all its blocks need a place at once, which other lanes may hold.
+  // faster as one kernel, ours or cuDNN's, stay so: all its blocks need a place at once, which
+  // other lanes may hold.
   void choose_lanes() {
-    const auto lanes = [this](bool beside, bool one_kernel) {
+    const auto lanes = [this](bool beside, bool blocks_wait) {
       return [=, this] {
         beside_ = beside;
-        one_kernel_ = one_kernel;
+        blocks_wait_ = blocks_wait;
       };
     };
     std::vector<Engines::Way> ways{{"beside", lanes(true, true)}};
     if (!deterministic_) ways.push_back({"in turn", lanes(false, true)});
     if (std::any_of(work_.begin(), work_.end(), [](const Work& work) {
-          return work.kept_forward.has_value() || work.kept_backward.has_value();
+          return work.kept_forward.has_value() || work.kept_backward.has_value() ||
+                 work.library_forward != nullptr || work.library_backward != nullptr;
         }))
       ways.push_back({"beside, two kernels", lanes(true, false)});
     engines_.take_fastest("lanes of " + engines(), ways, stream_, [this] { run_passes(); });
@@ -1200,7 +1290,7 @@ class NetworkOf : public TrainingNetwork {
   PendingUpdate* pending_ = nullptr;
   std::array<LaneMemory, kLanes> memory_{};
   bool beside_ = false;
-  bool one_kernel_ = true;
+  bool blocks_wait_ = true;  // those of a batch-norm, for each other
 };
 
 }  // namespace

@@ -1,10 +1,10 @@
 // A network in training on CUDA: forward, backward and SGD, enqueued on one stream and fit to be
 // captured in a graph. Convolutions are cuDNN's, the last product cuBLASLt's, everything between
-// them our own kernels. Beside the stream, joined to it within each pass, run a block's shortcut,
-// the weight gradients and, under the next step's forward pass, SGD: small maps do not fill a GPU,
-// and kernels that wait for memory leave it time to multiply. Feature maps and operands have the
-// network's precision T; weights, momentum, statistics, batch-norm's gradients and the vectors
-// after the pooling are fp32.
+// them our own kernels, but batch-norms where cuDNN's are faster. Beside the stream, joined to it
+// within each pass, run a block's shortcut, the weight gradients and, under the next step's forward
+// pass, SGD: small maps do not fill a GPU, and kernels that wait for memory leave it time to
+// multiply. Feature maps and operands have the network's precision T; weights, momentum,
+// statistics, batch-norm's gradients and the vectors after the pooling are fp32.
 //
 // What is kept for the backward pass: each convolution's output and each batch-norm's but the one
 // before the max-pool, which makes that one as it reads; of the pool one byte an element. A
@@ -69,7 +69,8 @@ class TrainingNetwork {
   // Names the first tensor that holds NaN or infinity: parameters, then activations in order; empty
   // if there is none.
   virtual std::string first_non_finite() const = 0;
-  // Which plan every convolution runs, and which ones come with sums.
+  // Which plan every convolution runs, which ones do work of the batch-norms beside them, and which
+  // batch-norms are cuDNN's.
   virtual std::string engines() const = 0;
 };
 

@@ -1,7 +1,7 @@
-// Asks the cuDNN of this machine whether it can run every convolution of ours on an H100; no GPU
-// and no CUDA toolkit are needed (test/gpu/cudnn_support.cpp). Needs g++ and cuDNN 9.11, in the
-// loader's path, $CUDNN_ROOT or Python's nvidia packages; without cuDNN the last line is
-// "skipped: ..." and the status 0. Opt-in: cuDNN is about a gigabyte.
+// Asks the cuDNN of this machine whether it can run every convolution of ours on an H100, and counts
+// the batch-norms that it has; no GPU and no CUDA toolkit are needed (test/gpu/cudnn_support.cpp).
+// Needs g++ and cuDNN 9.11, in the loader's path, $CUDNN_ROOT or Python's nvidia packages; without
+// cuDNN the last line is "skipped: ..." and the status 0. Opt-in: cuDNN is about a gigabyte.
 
 import { spawnSync } from 'node:child_process';
 import { mkdtempSync, rmSync } from 'node:fs';
@@ -25,7 +25,8 @@ try {
   const compiled = run(process.env.CXX ?? 'g++', [
     ...['-std=c++20', '-O1', '-Wno-unknown-pragmas', '-isystem', 'test/simt/include'],
     ...['-I', '.', 'test/gpu/cudnn_support.cpp', 'core/network.cpp'],
-    ...['cuda/convolution.cpp', 'cuda/engines.cpp', 'cuda/libraries.cpp', 'cuda/runtime.cpp'],
+    ...['cuda/convolution.cpp', 'cuda/engines.cpp', 'cuda/libraries.cpp', 'cuda/norm_graph.cpp'],
+    ...['cuda/runtime.cpp'],
     ...['-o', program, '-ldl', '-lpthread'],
   ]);
   process.exitCode =

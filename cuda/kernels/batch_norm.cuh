@@ -28,6 +28,9 @@
 // second-level cache. Rows are shared out and sums added as by the two kernels, with every fused
 // multiplication spelled as fmaf, so that the results are theirs bit for bit.
 //
+// Or cuDNN's engine each way (cuda/norm_graph.h), which leaves mean and r; a kernel over the
+// channels does the rest.
+//
 // Never stored: x^, the normalised map before the residual or the ReLU, and the masked gradient
 // unless a residual wants it. The mask is recomputed from x by the expression of the forward pass;
 // where a residual was added it is the sign of the output.
@@ -373,6 +376,22 @@ __global__ void __launch_bounds__(kTileThreads)
   applied_bias[channel] = from_float<T>(fmaf(-to_float(scale), mean.at[0], norm.beta[channel]));
 }
 
+// The rest of the channels, where mean and r are there.
+template <int width>
+__global__ void __launch_bounds__(kTileThreads) batch_norm_finish_kernel(BatchNorm norm) {
+  const int64_t channel = (int64_t{blockIdx.x} * kTileThreads + threadIdx.x) * width;
+  if (channel >= norm.channels) return;
+  Pack<float, width> squares = load<width>(norm.inverse_deviation + channel);
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    const float deviation = 1.0F / squares.at[i];
+    const float variance =
+        positive(fmaf(deviation, deviation, -static_cast<float>(kBatchNormEpsilon)));
+    squares.at[i] = variance * static_cast<float>(norm.rows);
+  }
+  finish_channels(norm, channel, load<width>(norm.mean + channel), squares);
+}
+
 // Where a thread keeps what it has loaded of its first rows, in the order of the calls of next(). A
 // vector of each thread lies beside those of its neighbours, so that a warp meets every bank once.
 template <typename T, int width>
@@ -714,6 +733,16 @@ void batch_norm_to_apply(const BatchNorm& norm, const float* sums, T* applied_sc
   const auto blocks = static_cast<unsigned>((norm.channels + kTileThreads - 1) / kTileThreads);
   launch("batch_norm_to_apply", &batch_norm_to_apply_kernel<T>, dim3(blocks), kTileThreads, stream,
          norm, sums, applied_scale, applied_bias);
+}
+
+// What batch_statistics() does, where something else has left the mean and r.
+inline void finish_batch_norm(const BatchNorm& norm, cudaStream_t stream) {
+  with_vector_width<float>(norm.channels, [&](auto width) {
+    const int64_t threads = norm.channels / width();
+    launch("batch_norm_finish", &batch_norm_finish_kernel<width()>,
+           dim3(static_cast<unsigned>((threads + kTileThreads - 1) / kTileThreads)), kTileThreads,
+           stream, norm);
+  });
 }
 
 // Calls run(std::integral_constant<ReluMask, mask>).

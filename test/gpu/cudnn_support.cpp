@@ -16,6 +16,7 @@
 #include "cuda/convolution.h"
 #include "cuda/libraries.h"
 #include "cuda/maps.h"
+#include "cuda/norm_graph.h"
 #include "cuda/runtime.h"
 
 namespace {
@@ -30,8 +31,35 @@ struct Counts {
   int passed = 0, failed = 0;
 };
 
+// How many batch-norms on maps cuDNN has, each way: those whose output no max-pool makes, and those
+// of a ReLU without a residual. They are compiled as they are looked for, which needs NVRTC and a
+// driver; without, there are none.
+std::string norms_of(cuda::Engines& engines, const std::vector<Node>& nodes, int64_t batch,
+                     Precision precision) {
+  size_t forward = 0, forward_found = 0, backward = 0, backward_found = 0;
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    const Node& node = nodes[i];
+    if (node.op != Op::batch_norm || nodes[static_cast<size_t>(node.input)].op != Op::convolution)
+      continue;
+    const cuda::NormShape shape{batch, node.out_channels, node.out_size, precision};
+    const bool residual = node.residual >= 0, relu = node.activation == Activation::relu;
+    if (nodes[i + 1].op != Op::max_pool) {
+      ++forward;
+      if (engines.find_plan(cuda::norm_forward_graph(shape, residual, relu)) != nullptr)
+        ++forward_found;
+    }
+    if (relu && !residual) {
+      ++backward;
+      if (engines.find_plan(cuda::norm_backward_graph(shape)) != nullptr) ++backward_found;
+    }
+  }
+  return "batch-norms: " + std::to_string(forward_found) + " of " + std::to_string(forward) +
+         " forward, " + std::to_string(backward_found) + " of " + std::to_string(backward) +
+         " backward";
+}
+
 // Every pass that the network trains with, at one batch size; and how many layers have one that does
-// what a batch-norm beside them wants, which may be none.
+// what a batch-norm beside them wants, and a batch-norm of cuDNN's, which may be none.
 void ask(const cuda::Cudnn& library, const std::string& properties, const std::vector<Node>& nodes,
          int64_t batch, Precision precision, Counts& counts) {
   using Question = std::pair<cuda::ConvolutionShape, ConvolutionPass>;
@@ -79,7 +107,8 @@ void ask(const cuda::Cudnn& library, const std::string& properties, const std::v
             << ", batch " << batch << ": " << questions.size() << " passes, at most "
             << cuda::mebibytes(workspace) << " of workspace; sums come with " << with_sums << " of "
             << forward << " forward passes; of " << behind_norms.size() << " behind a batch-norm "
-            << apply << " can apply it, " << give << " give its parameters' gradients\n";
+            << apply << " can apply it, " << give << " give its parameters' gradients; "
+            << norms_of(engines, nodes, batch, precision) << '\n';
 }
 
 int run(const std::string& file) {

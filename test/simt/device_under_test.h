@@ -13,8 +13,9 @@ namespace hardmine::testing {
 
 // A device and its libraries, as long as a test.
 struct Gpu {
-  explicit Gpu(uint64_t seed = 1, size_t memory_bytes = size_t{1} << 30)
-      : device({.memory_bytes = memory_bytes, .major = 8, .seed = seed}) {}
+  explicit Gpu(uint64_t seed = 1, size_t memory_bytes = size_t{1} << 30, bool cooperative = true)
+      : device(
+            {.memory_bytes = memory_bytes, .major = 8, .cooperative = cooperative, .seed = seed}) {}
   simt::FakeLibraries fakes;
   simt::Device device;  // of the generation with the smaller workspaces
   cuda::Libraries libraries = fakes.libraries();

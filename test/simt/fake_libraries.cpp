@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -120,9 +121,10 @@ const std::vector<Rule>& rules() {
       {D::tensor, A::tensor_dimensions, T::int64, 4},
       {D::tensor, A::tensor_strides, T::int64, 4},
       {D::tensor, A::tensor_is_virtual, T::boolean, 1, false},
+      {D::tensor, A::tensor_is_by_value, T::boolean, 1, false},
       {D::pointwise, A::pointwise_mode, T::pointwise_mode, 1},
       {D::pointwise, A::pointwise_compute_type, T::data_type, 1},
-      {D::operation_pointwise, A::operation_pointwise_pointwise, T::descriptor, 1},
+      {D::operation_pointwise, A::operation_pointwise_mode, T::descriptor, 1},
       {D::operation_pointwise, A::operation_pointwise_x, T::descriptor, 1},
       {D::operation_pointwise, A::operation_pointwise_b, T::descriptor, 1, false},
       {D::operation_pointwise, A::operation_pointwise_y, T::descriptor, 1, false},
@@ -176,6 +178,24 @@ const std::vector<Rule>& rules() {
       {D::operation_norm_backward_weights, A::norm_backward_weights_by_dy, T::descriptor, 1},
       {D::operation_norm_backward_weights, A::norm_backward_weights_by_x, T::descriptor, 1},
       {D::operation_norm_backward_weights, A::norm_backward_weights_constant, T::descriptor, 1},
+      {D::operation_norm_forward, A::norm_forward_mode, T::norm_mode, 1},
+      {D::operation_norm_forward, A::norm_forward_phase, T::norm_phase, 1},
+      {D::operation_norm_forward, A::norm_forward_x, T::descriptor, 1},
+      {D::operation_norm_forward, A::norm_forward_mean, T::descriptor, 1},
+      {D::operation_norm_forward, A::norm_forward_inverse_deviation, T::descriptor, 1},
+      {D::operation_norm_forward, A::norm_forward_scale, T::descriptor, 1},
+      {D::operation_norm_forward, A::norm_forward_bias, T::descriptor, 1},
+      {D::operation_norm_forward, A::norm_forward_epsilon, T::descriptor, 1},
+      {D::operation_norm_forward, A::norm_forward_y, T::descriptor, 1},
+      {D::operation_norm_backward, A::norm_backward_mode, T::norm_mode, 1},
+      {D::operation_norm_backward, A::norm_backward_x, T::descriptor, 1},
+      {D::operation_norm_backward, A::norm_backward_mean, T::descriptor, 1},
+      {D::operation_norm_backward, A::norm_backward_inverse_deviation, T::descriptor, 1},
+      {D::operation_norm_backward, A::norm_backward_dy, T::descriptor, 1},
+      {D::operation_norm_backward, A::norm_backward_scale, T::descriptor, 1},
+      {D::operation_norm_backward, A::norm_backward_dscale, T::descriptor, 1},
+      {D::operation_norm_backward, A::norm_backward_dbias, T::descriptor, 1},
+      {D::operation_norm_backward, A::norm_backward_dx, T::descriptor, 1},
       {D::operation_graph, A::operation_graph_operations, T::descriptor, 0},
       {D::device_properties, A::device_properties_json, T::character, 0},
       {D::engine_heuristic, A::heuristic_operation_graph, T::descriptor, 1},
@@ -260,7 +280,9 @@ CudnnStatus set_attribute(cudnn::Descriptor descriptor, Attribute attribute, Att
 struct Tensor {
   int64_t id, n, c, size;
   Type type;
-  bool between;  // operations: never in memory
+  bool between;   // operations: never in memory
+  bool by_value;  // a number in the host's memory
+  bool operator==(const Tensor&) const = default;
   size_t count() const { return static_cast<size_t>(n * c * size * size); }
   bool of_channels(int64_t channels) const { return n == 1 && size == 1 && c == channels; }
   bool same_shape(const Tensor& other) const {
@@ -278,7 +300,9 @@ Tensor tensor_of(const Node& node) {
           : type == cudnn::DataType::bf16 ? Type::bf16
                                           : Type::fp32,
           node.values.contains(Attribute::tensor_is_virtual) &&
-              node.get<bool>(Attribute::tensor_is_virtual)};
+              node.get<bool>(Attribute::tensor_is_virtual),
+          node.values.contains(Attribute::tensor_is_by_value) &&
+              node.get<bool>(Attribute::tensor_is_by_value)};
 }
 
 // One operation, understood. A convolution's tensors are [x, w] to [y], [w, y] to [x] or [x, y] to
@@ -290,10 +314,20 @@ struct Operation {
   double alpha = 1, beta = 0;
 };
 
-bool is_convolution(DescriptorType type) {
-  return type == DescriptorType::operation_convolution_forward ||
-         type == DescriptorType::operation_convolution_backward_data ||
-         type == DescriptorType::operation_convolution_backward_filter;
+bool is_operation(DescriptorType type) {
+  switch (type) {
+    case DescriptorType::operation_convolution_forward:
+    case DescriptorType::operation_convolution_backward_data:
+    case DescriptorType::operation_convolution_backward_filter:
+    case DescriptorType::operation_pointwise:
+    case DescriptorType::operation_statistics:
+    case DescriptorType::operation_norm_forward:
+    case DescriptorType::operation_norm_backward:
+    case DescriptorType::operation_norm_backward_weights:
+      return true;
+    default:
+      return false;
+  }
 }
 
 Operation operation_of(const Node& node) {
@@ -338,8 +372,7 @@ Operation operation_of(const Node& node) {
       made.out = tensors({A::statistics_sum, A::statistics_squares});
       break;
     case DescriptorType::operation_pointwise:
-      switch (node.node(A::operation_pointwise_pointwise)
-                  .get<cudnn::PointwiseMode>(A::pointwise_mode)) {
+      switch (node.node(A::operation_pointwise_mode).get<cudnn::PointwiseMode>(A::pointwise_mode)) {
         case cudnn::PointwiseMode::add:
           made.name = "add";
           break;
@@ -361,6 +394,23 @@ Operation operation_of(const Node& node) {
         if (node.values.contains(input)) made.in.push_back(tensor_of(node.node(input)));
       for (const A output : {A::operation_pointwise_y, A::operation_pointwise_dx})
         if (node.values.contains(output)) made.out.push_back(tensor_of(node.node(output)));
+      break;
+    case DescriptorType::operation_norm_forward: {
+      const bool trains =
+          node.get<cudnn::NormPhase>(A::norm_forward_phase) == cudnn::NormPhase::training;
+      made.name = trains ? "norm" : "normalise";
+      made.in = tensors({A::norm_forward_x, A::norm_forward_scale, A::norm_forward_bias,
+                         A::norm_forward_epsilon});
+      made.out = tensors({A::norm_forward_y});
+      for (const A statistic : {A::norm_forward_mean, A::norm_forward_inverse_deviation})
+        (trains ? made.out : made.in).push_back(tensor_of(node.node(statistic)));
+      break;
+    }
+    case DescriptorType::operation_norm_backward:
+      made.name = "norm-backward";
+      made.in = tensors({A::norm_backward_x, A::norm_backward_dy, A::norm_backward_mean,
+                         A::norm_backward_inverse_deviation, A::norm_backward_scale});
+      made.out = tensors({A::norm_backward_dx, A::norm_backward_dscale, A::norm_backward_dbias});
       break;
     case DescriptorType::operation_norm_backward_weights:
       made.name = "norm-gradient";
@@ -393,9 +443,14 @@ const std::map<std::string, std::vector<int64_t>>& known_graphs() {
       {"data", {}},
       {"filter", {}},
       {"forward sums", {5, 12}},
-      {"multiply add relu forward sums", {21}},
-      {"multiply add relu filter", {22}},
-      {"data subtract multiply multiply add relu-gradient norm-gradient", {23}},
+      {"multiply add relu forward sums", {31}},
+      {"multiply add relu filter", {32}},
+      {"data subtract multiply multiply add relu-gradient norm-gradient", {33}},
+      {"norm", {20, 21, 22}},
+      {"norm add", {20, 21, 22}},
+      {"norm relu", {20, 21, 22}},
+      {"norm add relu", {20, 21, 22}},
+      {"normalise relu-gradient norm-backward", {20, 21, 22}},
   };
   return known;
 }
@@ -429,6 +484,18 @@ std::string fault_of(const Operation& o) {
         return "statistics that are not an fp32 number for each channel";
     return {};
   }
+  if (o.name == "norm" || o.name == "normalise" || o.name == "norm-backward") {
+    for (const std::vector<Tensor>* tensors : {&o.in, &o.out})
+      for (const Tensor& tensor : *tensors) {
+        const bool is_number = o.name != "norm-backward" && &tensor == &o.in[3];
+        if (is_number != tensor.by_value || (is_number && tensor.count() != 1))
+          return "an epsilon that is no number in the host's memory";
+        if (!is_number && !tensor.same_shape(o.in[0]) &&
+            (!tensor.of_channels(o.in[0].c) || tensor.type != Type::fp32 || tensor.between))
+          return "what is neither a map nor an fp32 number for each channel";
+      }
+    return {};
+  }
   const size_t operands = o.name == "relu" ? 1 : 2;
   if (o.in.size() != operands || o.out.size() != 1) return "an operand too many or too few";
   if (!o.out[0].same_shape(o.in[0])) return "a result of another shape";
@@ -439,8 +506,13 @@ std::string fault_of(const Operation& o) {
 
 std::string fault_of_graph(const std::vector<Operation>& operations) {
   if (!known_graphs().contains(signature(operations))) return "a graph that the fake does not know";
+  std::map<int64_t, Tensor> known;
   std::map<int64_t, bool> made;  // by id, whether there is a value already
   for (const Operation& operation : operations) {
+    for (const std::vector<Tensor>* tensors : {&operation.in, &operation.out})
+      for (const Tensor& tensor : *tensors)
+        if (known.emplace(tensor.id, tensor).first->second != tensor)
+          return "two tensors with one id";
     for (const Tensor& tensor : operation.in) {
       if (tensor.between && !made.contains(tensor.id))
         return "an operation before the one that it waits for";
@@ -455,14 +527,20 @@ std::string fault_of_graph(const std::vector<Operation>& operations) {
 
 // What engines of Hopper do not take, though the graph is one.
 std::string refusal_of_graph(const std::vector<Operation>& operations) {
-  if (known_graphs().at(signature(operations)).empty()) return {};
+  const std::string text = signature(operations);
+  if (known_graphs().at(text).empty()) return {};
+  const bool is_norm = text.starts_with("norm");
+  const Type type = operations.front().in[0].type;
   for (const Operation& operation : operations)
     for (const std::vector<Tensor>* tensors : {&operation.in, &operation.out})
       for (const Tensor& tensor : *tensors) {
-        if (tensor.between) continue;
-        if (tensor.n > 1 && tensor.type != Type::fp16) return "a map that is not fp16";
-        if (tensor.c % 8 != 0) return "channels that are no multiple of eight";
-        if (operations.front().name == "multiply" && operation.name != "sums" && tensor.n == 1 &&
+        if (tensor.between || tensor.by_value) continue;
+        const bool is_map = !tensor.of_channels(tensor.c);
+        if (!is_norm && is_map && tensor.type != Type::fp16) return "a map that is not fp16";
+        if (is_norm && is_map && tensor.type != type) return "maps of two types";
+        if (type != Type::fp32 && tensor.c % 8 != 0)
+          return "channels that are no multiple of eight";
+        if (text.starts_with("multiply") && operation.name != "sums" && !is_map &&
             tensor.type != Type::fp16)
           return "a scale or bias that is not fp16";
       }
@@ -511,9 +589,7 @@ std::string fault_of(const Node& node) {
   if (node.type == DescriptorType::operation_norm_backward_weights &&
       node.get<cudnn::DataType>(A::norm_backward_weights_compute_type) != cudnn::DataType::fp32)
     return "arithmetic that is not fp32";
-  if (is_convolution(node.type) || node.type == DescriptorType::operation_pointwise ||
-      node.type == DescriptorType::operation_statistics ||
-      node.type == DescriptorType::operation_norm_backward_weights) {
+  if (is_operation(node.type)) {
     const std::string fault = fault_of(operation_of(node));
     if (!fault.empty()) return fault;
   }
@@ -546,8 +622,10 @@ CudnnStatus finalise(cudnn::Descriptor descriptor) {
   const std::string fault = fault_of(node);
   if (!fault.empty()) return refuse(CudnnStatus::bad_parameter, fault);
   if (node.type == DescriptorType::engine_heuristic) {
-    const std::string refusal =
-        refusal_of_graph(operations_of(node.node(Attribute::heuristic_operation_graph)));
+    const std::vector<Operation> operations =
+        operations_of(node.node(Attribute::heuristic_operation_graph));
+    if (signature(operations).starts_with("norm")) ++fakes().norm_graphs;
+    const std::string refusal = refusal_of_graph(operations);
     if (!refusal.empty()) return refuse(CudnnStatus::not_supported, refusal);
   }
   if (node.type == DescriptorType::execution_plan) {
@@ -564,11 +642,13 @@ CudnnStatus finalise(cudnn::Descriptor descriptor) {
 }
 
 size_t workspace_of(int64_t engine) {
-  return engine == 7 ? 4096 : engine == 9 ? size_t{1} << 30 : 0;
+  if (engine == 7 || (engine >= 20 && engine <= 22)) return 4096;
+  return engine == 9 ? size_t{1} << 30 : 0;
 }
 double microseconds_of(int64_t engine) {
   if (engine == 5) return fakes().options.sums_microseconds;
-  if (engine > 20) return fakes().options.norm_microseconds;
+  if (engine > 30) return fakes().options.norm_reader_microseconds;
+  if (engine >= 20) return 2 * fakes().options.norm_microseconds / static_cast<double>(engine - 19);
   return engine == 9 ? 1 : engine == 2 ? 5 : engine == 7 ? 10 : 50;
 }
 
@@ -646,7 +726,8 @@ CudnnStatus get_attribute(cudnn::Descriptor descriptor, Attribute attribute, Att
   if (is(DescriptorType::engine, Attribute::engine_numerical_notes,
          AttributeType::numerical_note)) {
     std::vector<cudnn::NumericalNote> notes;
-    if (node.engine != 0) notes.push_back(cudnn::NumericalNote::tensor_core);
+    if (node.engine != 0 && (node.engine < 20 || node.engine > 22))
+      notes.push_back(cudnn::NumericalNote::tensor_core);
     if (node.engine == 2) notes.push_back(cudnn::NumericalNote::nondeterministic);
     return give(notes, requested, count, elements);
   }
@@ -757,11 +838,51 @@ std::vector<std::vector<double>> norm_gradient(const std::vector<const Values*>&
   return out;
 }
 
+// y, and of the phase that trains mean and 1 / deviation.
+std::vector<std::vector<double>> norm_forward(const Operation& o,
+                                              const std::vector<const Values*>& in) {
+  const Values &x = *in[0], &scale = *in[1], &bias = *in[2];
+  const size_t channels = scale.size();
+  const double share = static_cast<double>(channels) / static_cast<double>(x.size());
+  std::vector<double> mean(channels), inverse(channels);
+  if (o.name == "norm") {
+    const double epsilon = in[3]->front();
+    std::vector<double> squares(channels);
+    for (size_t i = 0; i < x.size(); ++i) mean[i % channels] += x[i] * share;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double d = x[i] - mean[i % channels];
+      squares[i % channels] += d * d;
+    }
+    for (size_t c = 0; c < channels; ++c) inverse[c] = 1 / std::sqrt(squares[c] * share + epsilon);
+  } else {
+    mean.assign(in[4]->begin(), in[4]->end());
+    inverse.assign(in[5]->begin(), in[5]->end());
+  }
+  std::vector<double> y(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const size_t c = i % channels;
+    y[i] = scale[c] * inverse[c] * (x[i] - mean[c]) + bias[c];
+  }
+  if (o.name == "normalise") return {y};
+  return {y, mean, inverse};
+}
+
+// dx, dgamma, dbeta.
+std::vector<std::vector<double>> norm_backward(const std::vector<const Values*>& in) {
+  const std::vector<std::vector<double>> of = norm_gradient(in);
+  const Values &x = *in[0], &dy = *in[1];
+  std::vector<double> dx(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    const size_t c = i % of[0].size();
+    dx[i] = of[2][c] * dy[i] + of[3][c] * x[i] + of[4][c];
+  }
+  return {dx, of[0], of[1]};
+}
+
 // Runs the operations one after the other. What one leaves for another is not rounded to the type
 // of its tensor, as the real kernels' accumulators are not.
 void evaluate(const std::vector<Operation>& operations, const std::map<int64_t, void*>& pointers,
-              bool noisy) {
-  std::map<int64_t, Values> values;
+              std::map<int64_t, Values> values, bool noisy) {
   for (const Operation& o : operations) {
     std::vector<const Values*> in;
     for (const Tensor& tensor : o.in) {
@@ -778,6 +899,10 @@ void evaluate(const std::vector<Operation>& operations, const std::map<int64_t, 
       out = channel_sums(*in[0], static_cast<size_t>(o.in[0].c));
     } else if (o.name == "norm-gradient") {
       out = norm_gradient(in);
+    } else if (o.name == "norm" || o.name == "normalise") {
+      out = norm_forward(o, in);
+    } else if (o.name == "norm-backward") {
+      out = norm_backward(in);
     } else {
       out = {pointwise(o, in)};
     }
@@ -808,6 +933,7 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
     pointers[pack.get<int64_t>(Attribute::variant_pack_unique_ids, static_cast<size_t>(i))] =
         pack.get<void*>(Attribute::variant_pack_data_pointers, static_cast<size_t>(i));
   size_t used = 0;
+  std::map<int64_t, Values> values;  // that are given by value, as they are now
   std::map<int64_t, bool> seen;
   for (const Operation& operation : operations) {
     for (const std::vector<Tensor>* tensors : {&operation.in, &operation.out}) {
@@ -818,6 +944,10 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
           return refuse(CudnnStatus::bad_parameter, "a tensor without a pointer");
         ++used;
         const void* address = pointers.at(tensor.id);
+        if (tensor.by_value) {
+          values[tensor.id] = load(address, tensor.type, 1);
+          continue;
+        }
         Device::current->check_address(address, tensor.count() * bytes_of(tensor.type),
                                        "cuDNN, for tensor " + std::to_string(tensor.id) + ",");
         if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
@@ -833,14 +963,13 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
     Device::current->check_address(workspace, workspace_bytes, "cuDNN, as a workspace,");
 
   ++fakes().executions;
-  if (plan.engine == fakes().options.broken_engine)
+  if (fakes().options.broken_engines.contains(plan.engine))
     return refuse(CudnnStatus::execution_failed, "an engine that is broken");
   const bool noisy = plan.engine == 2;
   enqueue_in_two(
       stream, workspace, workspace_bytes,
-      [operations = std::move(operations), pointers = std::move(pointers), noisy] {
-        evaluate(operations, pointers, noisy);
-      },
+      [operations = std::move(operations), pointers = std::move(pointers),
+       values = std::move(values), noisy] { evaluate(operations, pointers, values, noisy); },
       microseconds_of(plan.engine));
   return CudnnStatus::success;
 }

@@ -10,15 +10,19 @@
 //              eng9, fastest, 1 GiB of workspace;
 //              eng11, whose plan is never supported;
 //   fallback:  eng0, slowest, deterministic, no workspace.
-// Graphs of several operations are of fp16 alone, as on Hopper, with no workspace and in mode A: a
-// forward pass with sums has eng5 and eng12; the passes that do work of the batch-norm before the
-// convolution have eng21 (forward), eng22 (weights' gradient) and eng23 (data gradient). It makes
-// no handle without a device, but plans for one whose properties it is given. The fake cuBLASLt
-// picks an algorithm with noise in its last bit when in-place split sums are allowed, and refuses
-// operands less aligned than its preference promised.
+// Graphs of several operations are in mode A. A forward pass with sums has eng5 and eng12, the
+// passes that do work of the batch-norm before the convolution eng31 (forward), eng32 (weights'
+// gradient) and eng33 (data gradient), all of fp16 alone, as on Hopper, and without a workspace. A
+// batch-norm forward, with or without what follows it, and one backward with a ReLU before it have
+// eng20, eng21, the faster, and eng22, the fastest, with 4 KiB of workspace; 16-bit maps of
+// channels that are no multiple of 8 have none. It makes no handle without a device, but plans for
+// one whose properties it is given. The fake cuBLASLt picks an algorithm with noise in its last bit
+// when in-place split sums are allowed, and refuses operands less aligned than its preference
+// promised.
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 
 #include "cuda/libraries.h"
@@ -29,11 +33,12 @@ struct FakeOptions {
   size_t cudnn_version = 92400;
   size_t cublas_lt_version = 130100;
   bool only_nondeterministic = false;
-  int64_t broken_engine = -1;      // an engine whose plans fail when they are run
-  int64_t uncompiled_engine = -1;  // and one whose plans fail when they are built
-  double sums_microseconds = 4;    // of eng5: less than eng2's 5, and a kernel follows either
-  double norm_microseconds = 100;  // of eng21, eng22 and eng23
-  std::string without{};           // a function that the libraries lack
+  std::set<int64_t> broken_engines{};  // whose plans fail when they are run
+  int64_t uncompiled_engine = -1;      // whose plans fail when they are built
+  double sums_microseconds = 4;        // of eng5: less than eng2's 5, and a kernel follows either
+  double norm_microseconds = 40;       // of eng21; our own kernels take 1 each
+  double norm_reader_microseconds = 100;  // of eng31, eng32 and eng33
+  std::string without{};                  // a function that the libraries lack
 };
 
 // Owned by a test, one at a time.
@@ -55,6 +60,7 @@ class FakeLibraries {
   int64_t executions = 0;   // of cuDNN plans
   int64_t heuristics = 0;   // cuBLASLt queries
   int64_t allocations = 0;  // descriptors ever made
+  int64_t norm_graphs = 0;  // heuristics asked for a batch-norm
 };
 
 }  // namespace simt

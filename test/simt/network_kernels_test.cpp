@@ -514,6 +514,33 @@ TEST_CASE_TEMPLATE("batch-norm: backward by parameter gradients that are there",
   }
 }
 
+TEST_CASE("batch-norm: from the mean and the deviation alone, all that the statistics leave") {
+  for (const Shape& s : {Shape{2, 8}, Shape{50, 64}, Shape{33, 1100}, Shape{7, 5}}) {
+    for (const bool fixed_scale : {false, true}) {
+      NormFixture<float> f(s, fixed_scale);
+      Vector mean = normal(s.width(), 1, 0.5, 2), inverse, scale, running_mean, running_variance;
+      const auto n = static_cast<double>(s.rows);
+      for (size_t k = 0; k < s.width(); ++k) {
+        // Of a channel that does not vary, too.
+        const double variance = static_cast<double>(k % 5) * static_cast<double>(k + 1);
+        inverse.push_back(1 / std::sqrt(variance + 1e-5));
+        scale.push_back(inverse[k] * (fixed_scale ? 1 : f.gamma_values[k]));
+        running_mean.push_back(0.1 * mean[k]);
+        running_variance.push_back(0.9 + 0.1 * variance * n / (n - 1));
+      }
+      std::copy(mean.begin(), mean.end(), f.mean.data());
+      std::copy(inverse.begin(), inverse.end(), f.inverse.data());
+      cuda::finish_batch_norm(f.norm(), nullptr);
+      check_close(values_of(f.mean), mean, 1e-6, 1e-6, "mean");
+      check_close(values_of(f.inverse), inverse, 1e-6, 0, "inverse deviation");
+      check_close(values_of(f.scale), scale, 1e-6, 0, "scale");
+      check_close(values_of(f.running_mean), running_mean, 1e-6, 1e-6, "running mean");
+      check_close(values_of(f.running_variance), running_variance, 1e-6, 0, "running variance");
+      f.check();
+    }
+  }
+}
+
 TEST_CASE("batch-norm: the variance of values far from zero does not cancel") {
   const Shape s{1000, 8};
   NormFixture<float> f(s, false);

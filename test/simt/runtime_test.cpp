@@ -899,7 +899,7 @@ TEST_CASE("else the fastest that fits, and the next process takes it from the ca
 
 TEST_CASE("an engine that fails when it is built or run leaves the work to another") {
   for (const simt::FakeOptions& options :
-       {simt::FakeOptions{.broken_engine = 2}, simt::FakeOptions{.uncompiled_engine = 2}}) {
+       {simt::FakeOptions{.broken_engines = {2}}, simt::FakeOptions{.uncompiled_engine = 2}}) {
     ConvolutionBench bench(options);
     ConvolutionTensors<float> t(kShape);
     cuda::EnginePlan& plan =

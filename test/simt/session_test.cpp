@@ -18,7 +18,9 @@
 #include "core/error.h"
 #include "cuda/embedder.h"
 #include "cuda/head.h"
+#include "cuda/kernels/device.cuh"
 #include "cuda/network.h"
+#include "cuda/norm_graph.h"
 #include "cuda/session.h"
 #include "test/native/environment.h"
 #include "test/native/network_reference.h"
@@ -45,6 +47,12 @@ Execution in(Precision precision) {
   return execution;
 }
 
+#ifdef HARDMINE_SIMT
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+#endif
+
 std::string error_of(const std::function<void()>& f, const char* code) {
   try {
     f();
@@ -61,19 +69,32 @@ std::string error_of(const std::function<void()>& f, const char* code) {
 // in bf16, for a batch-norm over 20 values a channel. A wrong term is an error of about 1.
 // Without determinism the fakes' last bits are noise, twice the rounding: of ten seeds, two have an
 // error of 0.005, seven of 0.16 and one of 0.34, as no, one or two decisions fall otherwise. The
-// seed here is one without two. Convolutions that apply the batch-norm before them are given its
-// scale and bias in fp16, and find the ReLU's side in the backward pass from others in fp32.
+// seed here is one without two. cuDNN's batch-norms round what ours do. Convolutions that do the
+// work of the batch-norm before them are given its scale and bias in fp16, and find the ReLU's side
+// in the backward pass from others in fp32.
+enum class Ways : uint8_t { deterministic, timed, library, readers };
 struct Tolerance {
   Precision precision;
-  bool deterministic;
+  Ways ways;
   double forward, gradient;
-  double norm_microseconds = 100;  // of those convolutions' engines: 1 has them taken
 };
-constexpr Tolerance kTolerances[] = {{Precision::fp32, true, 1e-5, 1e-4},
-                                     {Precision::fp16, true, 4e-3, 0.06},
-                                     {Precision::fp16, false, 4e-3, 0.2},
-                                     {Precision::fp16, false, 4e-3, 0.2, 1},
-                                     {Precision::bf16, true, 0.03, 0.4}};
+constexpr Tolerance kTolerances[] = {{Precision::fp32, Ways::deterministic, 1e-5, 1e-4},
+                                     {Precision::fp32, Ways::library, 1e-5, 1e-4},
+                                     {Precision::fp16, Ways::deterministic, 4e-3, 0.06},
+                                     {Precision::fp16, Ways::timed, 4e-3, 0.2},
+                                     {Precision::fp16, Ways::library, 4e-3, 0.2},
+                                     {Precision::fp16, Ways::readers, 4e-3, 0.2},
+                                     {Precision::bf16, Ways::deterministic, 0.03, 0.4},
+                                     {Precision::bf16, Ways::library, 0.03, 0.4}};
+
+#ifdef HARDMINE_SIMT
+// With it and no cooperative launches, cuDNN's batch-norms are the fastest: our two kernels take 1
+// us each. No engine's last bits are noise.
+const simt::FakeOptions kLibraryIsFast{
+    .uncompiled_engine = 2, .sums_microseconds = 40, .norm_microseconds = 0.5};
+// With it, convolutions do the work of the batch-norms before them.
+const simt::FakeOptions kReadersAreFast{.norm_reader_microseconds = 1};
+#endif
 
 // The same images every time.
 class FixedBatch : public BatchSource {
@@ -155,9 +176,172 @@ std::map<std::string, std::vector<float>> all_tensors(const TrainingSession& ses
   return values;
 }
 
+// A batch-norm's arrays on the device, by cuDNN's graphs.
+template <typename T>
+class NormOnDevice {
+ public:
+  NormOnDevice(const cuda::NormShape& s, const cuda::Stream& stream) : shape_(s), stream_(stream) {
+    layout(cuda::Arena());
+    layout(cuda::Arena(memory_ = cuda::allocate_device(bytes_, "a test")));
+  }
+
+  template <typename N>
+  void write(N* to, const std::vector<N>& values) const {
+    cuda::check(cudaMemcpyAsync(to, values.data(), values.size() * sizeof(N),
+                                cudaMemcpyHostToDevice, stream_.get()),
+                "copy");
+    stream_.synchronize();
+  }
+  template <typename N>
+  Values read(const N* from, size_t count) const {
+    std::vector<N> values(count);
+    cuda::check(cudaMemcpyAsync(values.data(), from, count * sizeof(N), cudaMemcpyDeviceToHost,
+                                stream_.get()),
+                "copy");
+    stream_.synchronize();
+    Values result;
+    for (const N value : values) result.push_back(cuda::to_float(value));
+    return result;
+  }
+
+  T *x = nullptr, *residual = nullptr, *y = nullptr;
+  float *gamma = nullptr, *beta = nullptr, *dgamma = nullptr, *dbeta = nullptr;
+  float *mean = nullptr, *inverse = nullptr;
+  char* workspace = nullptr;
+  static constexpr size_t kWorkspace = size_t{1} << 20;
+
+ private:
+  void layout(cuda::Arena arena) {
+    const int64_t rows = shape_.batch * shape_.size * shape_.size, channels = shape_.channels;
+    for (T** map : {&x, &residual, &y}) *map = arena.take<T>(rows * channels);
+    for (float** values : {&gamma, &beta, &dgamma, &dbeta, &mean, &inverse})
+      *values = arena.take<float>(channels);
+    workspace = arena.take<char>(static_cast<int64_t>(kWorkspace));
+    bytes_ = arena.bytes();
+  }
+
+  cuda::NormShape shape_;
+  const cuda::Stream& stream_;
+  size_t bytes_ = 0;
+  cuda::DeviceBlock memory_;
+};
+
+template <typename T>
+std::vector<T> typed(const std::vector<float>& values) {
+  std::vector<T> result;
+  for (const float value : values) result.push_back(cuda::from_float<T>(value));
+  return result;
+}
+
+// The largest difference as a share of the largest value.
+double worst_error(const Values& ours, const Values& wanted) {
+  REQUIRE(ours.size() == wanted.size());
+  double worst = 0, most = 1e-30;
+  for (size_t i = 0; i < ours.size(); ++i) {
+    worst = std::max(worst, std::isnan(ours[i]) ? INFINITY : std::abs(ours[i] - wanted[i]));
+    most = std::max(most, std::abs(wanted[i]));
+  }
+  return worst / most;
+}
+
+// Both directions against the definition.
+template <typename T>
+void check_norm_graphs(const cuda::Libraries& libraries, cuda::NormShape s, bool residual,
+                       bool relu, double rounding) {
+  s.precision = std::is_same_v<T, __half>          ? Precision::fp16
+                : std::is_same_v<T, __nv_bfloat16> ? Precision::bf16
+                                                   : Precision::fp32;
+  cuda::Engines engines(libraries.cudnn, cuda::EngineChoice{.device = "a test"});
+  cuda::EnginePlan* const forward = engines.find_plan(cuda::norm_forward_graph(s, residual, relu));
+#ifdef HARDMINE_SIMT
+  REQUIRE(forward != nullptr);
+#else  // an older cuDNN or GPU may have none
+  if (forward == nullptr) return;
+#endif
+  const cuda::Stream stream;
+  NormOnDevice<T> on(s, stream);
+  REQUIRE(forward->workspace_bytes() <= on.kWorkspace);
+  const auto channels = static_cast<size_t>(s.channels);
+  const size_t rows = static_cast<size_t>(s.batch * s.size * s.size), count = rows * channels;
+  const std::vector<T> hx = typed<T>(random_floats(count, 1, 0.5, 1.5));
+  const std::vector<T> other = typed<T>(random_floats(count, 2, 0, 1));  // residual, then dy
+  const std::vector<float> gamma = random_floats(channels, 3, 1, 0.3);
+  const std::vector<float> beta = random_floats(channels, 4, 0, 0.3);
+  on.write(on.x, hx);
+  on.write(on.residual, other);
+  on.write(on.gamma, gamma);
+  on.write(on.beta, beta);
+  const cuda::NormTensors tensors{
+      on.x,        residual ? on.residual : nullptr, on.y, on.gamma, on.beta, on.mean, on.inverse,
+      on.workspace};
+  forward->run(cuda::norm_forward_pointers(tensors), stream);
+
+  Values mean(channels), variance(channels), inverse(channels), scale(channels), y(count);
+  const auto n = static_cast<double>(rows);
+  const auto x = [&](size_t i) { return static_cast<double>(cuda::to_float(hx[i])); };
+  for (size_t i = 0; i < count; ++i) mean[i % channels] += x(i) / n;
+  for (size_t i = 0; i < count; ++i)
+    variance[i % channels] += (x(i) - mean[i % channels]) * (x(i) - mean[i % channels]) / n;
+  for (size_t c = 0; c < channels; ++c) {
+    inverse[c] = 1 / std::sqrt(variance[c] + kBatchNormEpsilon);
+    scale[c] = gamma[c] * inverse[c];
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const size_t c = i % channels;
+    y[i] = scale[c] * (x(i) - mean[c]) + beta[c] + (residual ? cuda::to_float(other[i]) : 0);
+    if (relu) y[i] = std::max(y[i], 0.0);
+  }
+  CHECK(worst_error(on.read(on.y, count), y) < rounding);
+  constexpr double kSums = 2e-6;  // of fp32
+  CHECK(worst_error(on.read(on.mean, channels), mean) < kSums);
+  CHECK(worst_error(on.read(on.inverse, channels), inverse) < kSums);
+  if (residual || !relu) return;
+
+  cuda::EnginePlan& backward = engines.plan(cuda::norm_backward_graph(s));
+  REQUIRE(backward.workspace_bytes() <= on.kWorkspace);
+  const cuda::NormGradientTensors gradients{on.x,     on.residual, on.x,       on.gamma,
+                                            on.beta,  on.mean,     on.inverse, on.dgamma,
+                                            on.dbeta, on.workspace};
+  backward.run(cuda::norm_backward_pointers(gradients), stream);
+  Values dgamma(channels), dbeta(channels), dx(count);
+  const auto g = [&](size_t i) {
+    return y[i] > 0 ? static_cast<double>(cuda::to_float(other[i])) : 0;
+  };
+  const auto normalised = [&](size_t i) {
+    return (x(i) - mean[i % channels]) * inverse[i % channels];
+  };
+  for (size_t i = 0; i < count; ++i) {
+    dgamma[i % channels] += g(i) * normalised(i);
+    dbeta[i % channels] += g(i);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const size_t c = i % channels;
+    dx[i] = scale[c] * (g(i) - dbeta[c] / n - normalised(i) * dgamma[c] / n);
+  }
+  CHECK(worst_error(on.read(on.dgamma, channels), dgamma) < kSums);
+  CHECK(worst_error(on.read(on.dbeta, channels), dbeta) < kSums);
+  CHECK(worst_error(on.read(on.x, count), dx) < rounding);
+}
+
 const std::atomic<bool> kGoOn{false};
 
 }  // namespace
+
+TEST_CASE_TEMPLATE("CUDA: cuDNN's batch-norms equal the definition, both ways", T, float, __half,
+                   __nv_bfloat16) {
+  Gpu gpu;
+  const cuda::DeviceScope scope(0);
+  // Twice half a unit in the last place, for what lies between.
+  const double rounding = std::is_same_v<T, float>    ? 4e-6
+                          : std::is_same_v<T, __half> ? 0x1p-10
+                                                      : 0x1p-7;
+  for (const cuda::NormShape& shape :
+       {cuda::NormShape{2, 8, 7}, {3, 40, 5}, {1, 64, 4}, {37, 16, 3}}) {
+    for (const bool residual : {false, true})
+      for (const bool relu : {false, true})
+        check_norm_graphs<T>(gpu.libraries, shape, residual, relu, rounding);
+  }
+}
 
 TEST_CASE("CUDA: embeddings, gradients, statistics and SGD equal the double reference") {
 #ifdef HARDMINE_SIMT  // on a device the libraries may be found there
@@ -165,17 +349,22 @@ TEST_CASE("CUDA: embeddings, gradients, statistics and SGD equal the double refe
 #endif
   for (const Tolerance& tolerance : kTolerances) {
     CAPTURE(static_cast<int>(tolerance.precision));
-    CAPTURE(tolerance.deterministic);
-    Gpu gpu(4);
+    CAPTURE(static_cast<int>(tolerance.ways));
 #ifdef HARDMINE_SIMT
-    gpu.fakes.options.norm_microseconds = tolerance.norm_microseconds;
+    const bool library = tolerance.ways == Ways::library;
+    Gpu gpu(4, size_t{1} << 30, !library);
+    if (library) gpu.fakes.options = kLibraryIsFast;
+    if (tolerance.ways == Ways::readers) gpu.fakes.options = kReadersAreFast;
+#else  // by what is timed
+    Gpu gpu(4);
 #endif
     const cuda::DeviceScope scope(0);
     const cuda::Stream stream;
     const int64_t batch = 5;
     const std::vector<Node> nodes = small();
-    const auto network = cuda::make_training_network(
-        nodes, batch, tolerance.precision, tolerance.deterministic, gpu.libraries, stream);
+    const auto network =
+        cuda::make_training_network(nodes, batch, tolerance.precision,
+                                    tolerance.ways == Ways::deterministic, gpu.libraries, stream);
     uint8_t* pixels = nullptr;
     Augmentation* augmentations = nullptr;
     float* grad = nullptr;
@@ -195,6 +384,15 @@ TEST_CASE("CUDA: embeddings, gradients, statistics and SGD equal the double refe
     layout(cuda::Arena(memory));
     network->prepare();
     network->initialise(5);
+#ifdef HARDMINE_SIMT
+    for (const char* by : {"bn1 backward", "a.bn1 forward", "a.bn1 backward", "a.bn2 forward",
+                           "b.bn1 forward", "b.bn1 backward", "b.bn2 forward"}) {
+      INFO(by);
+      CHECK(contains(network->engines(), std::string("; ") + by + " by cuDNN") == library);
+    }
+    for (const char* name : {"bn1 forward", "a.bn2 backward", "b.downsample.1", "embedding_bn"})
+      CHECK(!contains(network->engines(), std::string("; ") + name));
+#endif
 
     Reference reference(nodes, batch);
     uint64_t random = 0;
@@ -650,7 +848,7 @@ TEST_CASE("CUDA: convolutions do the work of the batch-norm before them where th
                              {Precision::fp16, true, 1, false},
                              {Precision::bf16, false, 1, false}}) {
     Gpu gpu;
-    gpu.fakes.options.norm_microseconds = c.microseconds;
+    gpu.fakes.options.norm_reader_microseconds = c.microseconds;
     const std::string engines = engines_of(gpu, c);
     for (const char* norm : {"a.bn1", "b.bn1"}) {
       for (const char* what : {" applied by its reader", " summed by its reader"})
@@ -661,17 +859,17 @@ TEST_CASE("CUDA: convolutions do the work of the batch-norm before them where th
 
 TEST_CASE("CUDA: a batch-norm whose reader fails at its work keeps it") {
   const Environment cache("XDG_CACHE_HOME", "/dev/null");
-  for (const int64_t engine : {21, 22, 23}) {
+  for (const int64_t engine : {31, 32, 33}) {
     Gpu gpu;
-    gpu.fakes.options.norm_microseconds = 1;
-    gpu.fakes.options.broken_engine = engine;
+    gpu.fakes.options = kReadersAreFast;
+    gpu.fakes.options.broken_engines = {engine};
     Execution execution = in(Precision::fp16);
     execution.deterministic = false;
     const auto session =
         cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
     const std::string engines = session->engines();
-    CHECK((engines.find("; a.bn1 applied by its reader") == std::string::npos) == (engine < 23));
-    CHECK((engines.find("; a.bn1 summed by its reader") == std::string::npos) == (engine == 23));
+    CHECK((engines.find("; a.bn1 applied by its reader") == std::string::npos) == (engine < 33));
+    CHECK((engines.find("; a.bn1 summed by its reader") == std::string::npos) == (engine == 33));
     FixedBatch batch(4, kSize, 7);
     std::vector<StepStats> stats(1);
     session->train(batch, std::vector<StepSettings>(1), stats, kGoOn);
@@ -699,7 +897,7 @@ TEST_CASE("CUDA: what one session has timed the next one takes, however it would
 TEST_CASE("CUDA: sums that fail when they are run are not what a session ends of") {
   const Environment cache("XDG_CACHE_HOME", "/dev/null");
   Gpu gpu;
-  gpu.fakes.options.broken_engine = 5;
+  gpu.fakes.options.broken_engines = {5};
   gpu.fakes.options.uncompiled_engine = 12;
   Execution execution = in(Precision::fp16);
   execution.deterministic = false;
@@ -709,6 +907,90 @@ TEST_CASE("CUDA: sums that fail when they are run are not what a session ends of
   std::vector<StepStats> stats(1);
   session->train(batch, std::vector<StepSettings>(1), stats, kGoOn);
   CHECK(std::isfinite(stats[0].loss));
+}
+
+TEST_CASE(
+    "CUDA: cuDNN's batch-norms are asked for and taken where that may be, once found always") {
+  const TemporaryFolder folder;
+  const auto make = [](Gpu& gpu, bool deterministic) {
+    Execution execution = in(Precision::bf16);
+    execution.deterministic = deterministic;
+    return cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
+  };
+  for (const bool fast : {true, false}) {
+    const std::string where = (folder.path() / (fast ? "fast" : "slow")).string();
+    const Environment cache("XDG_CACHE_HOME", where);
+    std::string first;
+    for (const double microseconds : {fast ? 0.5 : 40.0, fast ? 40.0 : 0.5}) {
+      Gpu gpu(1, size_t{1} << 30, false);
+      gpu.fakes.options.norm_microseconds = microseconds;
+      const auto session = make(gpu, false);
+      if (first.empty()) {
+        first = session->engines();
+        CHECK(gpu.fakes.norm_graphs > 0);
+      } else {
+        // What was found slower is not even compiled again.
+        CHECK((gpu.fakes.norm_graphs > 0) == fast);
+      }
+      CHECK(session->engines() == first);
+      CHECK(contains(first, "; a.bn1 forward by cuDNN") == fast);
+      // The fastest of all would be the third.
+      CHECK(contains(first, "the forward of a batch-norm [4, 4, 4, 16], bf16, ReLU: eng21") ==
+            fast);
+    }
+  }
+  const Environment cache("XDG_CACHE_HOME", "/dev/null");
+  Gpu gpu(1, size_t{1} << 30, false);
+  gpu.fakes.options.norm_microseconds = 0.5;
+  make(gpu, true);
+  CHECK(gpu.fakes.norm_graphs == 0);
+}
+
+TEST_CASE("CUDA: batch-norms of cuDNN's that fail when they are run are left to our kernels") {
+  const Environment cache("XDG_CACHE_HOME", "/dev/null");
+  Gpu gpu(1, size_t{1} << 30, false);
+  gpu.fakes.options = kLibraryIsFast;
+  gpu.fakes.options.broken_engines = {20, 21};
+  Execution execution = in(Precision::fp16);
+  execution.deterministic = false;
+  const auto session = cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
+  CHECK(!contains(session->engines(), "by cuDNN"));
+  FixedBatch batch(4, kSize, 7);
+  std::vector<StepStats> stats(1);
+  session->train(batch, std::vector<StepSettings>(1), stats, kGoOn);
+  CHECK(std::isfinite(stats[0].loss));
+}
+
+TEST_CASE("CUDA: lanes beside which no blocks wait leave batch-norms to two kernels") {
+  const TemporaryFolder folder;
+  const Environment cache("XDG_CACHE_HOME", folder.path().string());
+  const auto train = [](double microseconds) {
+    Gpu gpu(1, size_t{1} << 30, false);
+    gpu.fakes.options.norm_microseconds = microseconds;
+    gpu.fakes.options.uncompiled_engine = 2;  // whose last bits are noise
+    Execution execution = in(Precision::fp32);
+    execution.deterministic = false;
+    const auto session =
+        cuda::make_cuda_session(small(), head_of(7), 4, 1, execution, gpu.libraries);
+    FixedBatch batch(4, kSize, 7);
+    std::vector<StepStats> stats(3);
+    session->train(batch, std::vector<StepSettings>(3), stats, kGoOn);
+    return all_tensors(*session);
+  };
+  const auto by_library = train(0.5);
+  for (const auto& file : std::filesystem::recursive_directory_iterator(folder.path())) {
+    if (!file.is_regular_file()) continue;
+    std::string key;
+    std::ifstream in(file.path());
+    std::getline(in, key);
+    if (contains(key, "; lanes of "))
+      std::ofstream(file.path()) << key << "\nbeside, two kernels\n";
+  }
+  const auto beside = train(0.5);
+  const Environment nowhere("XDG_CACHE_HOME", "/dev/null");
+  const auto ours = train(40);
+  CHECK(beside == ours);
+  CHECK(by_library != ours);
 }
 #endif
 
