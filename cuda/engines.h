@@ -166,10 +166,15 @@ class Engines {
     const char* name;  // on disk
     std::function<void()> take;
   };
-  // Takes the way by which `run`, which enqueues on `stream` and does `what`, is the fastest. What
-  // was found once is kept on disk: a session that goes on is to compute as before.
+  // What a way leaves behind, in groups of numbers that are compared by themselves.
+  using Results = std::vector<std::vector<float>>;
+  // Takes the way by which `run`, which enqueues on `stream` and does `what`, is the fastest. One
+  // whose results, asked for after it has run, are not those of the first is passed over: cuDNN
+  // offers engines that do something else than the graph says (norm_graph.h). What was found once
+  // is kept on disk: a session that goes on is to compute as before.
   void take_fastest(const std::string& what, const std::vector<Way>& ways, const Stream& stream,
-                    const std::function<void()>& run) const;
+                    const std::function<void()>& run,
+                    const std::function<Results()>& results) const;
   // The way to do `what` that was found the fastest on this GPU, by any session before; empty where
   // nothing is known.
   std::string recall(const std::string& what) const;

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <optional>
+#include <random>
 #include <type_traits>
 #include <utility>
 
@@ -249,6 +250,7 @@ class NetworkOf : public TrainingNetwork {
   void prepare() override {
     const LaneMemory& memory = memory_of(Lane::main);
     products_.emplace(cublas_lt_, stream_.get(), memory.workspace, memory.workspace_bytes);
+    if (!deterministic_) fill_with_numbers();
     for (size_t i = 0; i < nodes_.size(); ++i) {
       const Work& work = work_[i];
       if (work.forward == nullptr) continue;
@@ -256,6 +258,9 @@ class NetworkOf : public TrainingNetwork {
       work.weights->choose(weight_pointers(i), stream_);
       if (work.data != nullptr) work.data->choose(data_pointers(i), stream_);
     }
+    blocks_wait_ = false;  // engines that are offered only run where one may fail
+    run_forward();
+    blocks_wait_ = true;
     for (size_t i = 0; i < nodes_.size(); ++i)
       if (nodes_[i].op == Op::batch_norm) choose_norm(i);
     for (size_t i = 0; i < nodes_.size(); ++i) {
@@ -947,9 +952,14 @@ class NetworkOf : public TrainingNetwork {
       forward.push_back({"sums", forward_by(true, {}, nullptr)});
     if (library_forward != nullptr)
       forward.push_back({kLibrary, forward_by(false, {}, library_forward)});
-    engines_.take_fastest(describe_norm("forward", i), forward, stream_, [&] {
+    const auto run_forward_way = [&] {
       if (before.forward != nullptr) run_convolution(from);
       run_batch_norm(i);
+    };
+    engines_.take_fastest(describe_norm("forward", i), forward, stream_, run_forward_way, [&] {
+      Engines::Results left = statistics_left(i);
+      if (!work.pooled) left.push_back(numbers_left(outputs_[i]));
+      return left;
     });
 
     const auto backward_by = [&](std::optional<int> kept, EnginePlan* library) {
@@ -963,8 +973,19 @@ class NetworkOf : public TrainingNetwork {
     if (backward_rows) backward.push_back({"one kernel", backward_by(backward_rows, nullptr)});
     if (library_backward != nullptr)
       backward.push_back({kLibrary, backward_by({}, library_backward)});
-    engines_.take_fastest(describe_norm("backward", i), backward, stream_,
-                          [&] { run_batch_norm_backward(i); });
+    const auto run_backward_way = [&] { run_batch_norm_backward(i); };
+    engines_.take_fastest(describe_norm("backward", i), backward, stream_, run_backward_way,
+                          [&]() -> Engines::Results {
+                            if (before.forward == nullptr)
+                              return {};  // nothing makes x again that dx has replaced
+                            run_forward_way();
+                            // Any gradients with numbers of both signs.
+                            for (const Gradient& dy : work.dy)
+                              if (dy.values != nullptr)
+                                copy_on_device(dy.values, input_of(i), input(i));
+                            run_backward_way();
+                            return gradients_left(i);
+                          });
   }
 
   // Whether convolution i applies the batch-norm before it, whose map then is never written: timed
@@ -997,12 +1018,20 @@ class NetworkOf : public TrainingNetwork {
     };
     engines_.take_fastest(
         work_[i].forward->describe() + " applies the " + describe_norm("forward", norm),
-        {{"no", applied(false)}, {"yes", applied(true)}}, stream_, [&] {
+        {{"no", applied(false)}, {"yes", applied(true)}}, stream_,
+        [&] {
           run_convolution(first);
           run_batch_norm(norm);
           run_convolution(i);
           run_batch_norm(last);
-          run_weight_gradient(i);
+          run_weight_gradient(i);  // of the output itself, whose place its gradient has
+        },
+        [&] {
+          Engines::Results left = statistics_left(last);
+          left.push_back(numbers_left(outputs_[i]));
+          left.push_back(numbers_left(static_cast<const T*>(weight_of(i).gradient),
+                                      weight_of(i).layout.stored_count()));
+          return left;
         });
   }
 
@@ -1017,10 +1046,66 @@ class NetworkOf : public TrainingNetwork {
     };
     engines_.take_fastest(
         work_[i].data->describe() + " sums the " + describe_norm("backward", norm),
-        {{"no", summed(false)}, {"yes", summed(true)}}, stream_, [&] {
+        {{"no", summed(false)}, {"yes", summed(true)}}, stream_,
+        [&] {
           run_data_gradient(i);
           run_batch_norm_backward(norm);
+        },
+        [&] {
+          run_convolution(static_cast<size_t>(nodes_[norm].input));
+          run_batch_norm(norm);
+          run_convolution(i);
+          run_data_gradient(i);
+          run_batch_norm_backward(norm);
+          return gradients_left(norm);
         });
+  }
+
+  // What is timed is compared as well, and over zeros everything is equal.
+  void fill_with_numbers() {
+    initialise(0);
+    const int64_t size = nodes_.front().in_size, count = size * size * kImageChannels;
+    std::minstd_rand random(1);
+    std::uniform_real_distribution<float> pixel(-1, 1);
+    std::vector<T> pixels(static_cast<size_t>(2 * count));
+    for (T& value : pixels) value = from_float<T>(pixel(random));
+    for (int64_t n = 0; n < batch_; ++n) {
+      // Images differ by where they begin.
+      const auto first = static_cast<size_t>(n * 101 % count);
+      write_device(image_ + n * count,
+                   std::span<const T>(pixels).subspan(first, static_cast<size_t>(count)), stream_);
+    }
+  }
+
+  template <typename N>
+  std::vector<float> numbers_left(const N* values, int64_t count) const {
+    std::vector<N> some(static_cast<size_t>(std::min(count, int64_t{65536})));  // tell enough
+    read_device(values, some, stream_);
+    std::vector<float> numbers(some.size());
+    std::transform(some.begin(), some.end(), numbers.begin(), [](N x) { return to_float(x); });
+    return numbers;
+  }
+  std::vector<float> numbers_left(const Output& output) const {
+    return output.vector ? numbers_left(static_cast<const float*>(output.values), output.count())
+                         : numbers_left(static_cast<const T*>(output.values), output.count());
+  }
+  Engines::Results statistics_left(size_t norm) const {
+    const BatchNorm& of = work_[norm].norm;
+    return {numbers_left(of.mean, of.channels), numbers_left(of.inverse_deviation, of.channels)};
+  }
+  Engines::Results gradients_left(size_t norm) const {
+    const Work& work = work_[norm];
+    Engines::Results left{
+        numbers_left(work.norm_gradient.beta, work.norm.channels),
+        numbers_left(static_cast<const T*>(work.dx.values), outputs_[norm].count())};
+    if (work.norm_gradient.gamma != nullptr)
+      left.push_back(numbers_left(work.norm_gradient.gamma, work.norm.channels));
+    return left;
+  }
+  void copy_on_device(void* to, const void* from, const Output& of) const {
+    const size_t bytes = static_cast<size_t>(of.count()) * (of.vector ? sizeof(float) : sizeof(T));
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_.get()),
+          "the copy of a map");
   }
 
   // Of cuDNN's engines for batch-norms those that a layer has taken stay: a session that looks up
@@ -1194,7 +1279,9 @@ class NetworkOf : public TrainingNetwork {
                  work.library_forward != nullptr || work.library_backward != nullptr;
         }))
       ways.push_back({"beside, two kernels", lanes(true, false)});
-    engines_.take_fastest("lanes of " + engines(), ways, stream_, [this] { run_passes(); });
+    engines_.take_fastest(
+        "lanes of " + engines(), ways, stream_, [this] { run_passes(); },
+        [] { return Engines::Results(); });  // the same work in another order
   }
 
   PoolShape pool_shape(const Node& node) const {

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 namespace simt {
@@ -882,7 +883,7 @@ std::vector<std::vector<double>> norm_backward(const std::vector<const Values*>&
 // Runs the operations one after the other. What one leaves for another is not rounded to the type
 // of its tensor, as the real kernels' accumulators are not.
 void evaluate(const std::vector<Operation>& operations, const std::map<int64_t, void*>& pointers,
-              std::map<int64_t, Values> values, bool noisy) {
+              std::map<int64_t, Values> values, bool noisy, bool lies) {
   for (const Operation& o : operations) {
     std::vector<const Values*> in;
     for (const Tensor& tensor : o.in) {
@@ -911,8 +912,9 @@ void evaluate(const std::vector<Operation>& operations, const std::map<int64_t, 
       values[tensor.id] = Values(out[t].begin(), out[t].end());
       if (tensor.between) continue;
       void* const to = pointers.at(tensor.id);
+      const double factor = std::exchange(lies, false) ? 2 : 1;
       for (size_t i = 0; i < out[t].size(); ++i)
-        store(to, tensor.type, i, out[t][i] * (noisy ? noise(tensor.type) : 1));
+        store(to, tensor.type, i, factor * out[t][i] * (noisy ? noise(tensor.type) : 1));
     }
   }
 }
@@ -969,7 +971,10 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
   enqueue_in_two(
       stream, workspace, workspace_bytes,
       [operations = std::move(operations), pointers = std::move(pointers),
-       values = std::move(values), noisy] { evaluate(operations, pointers, values, noisy); },
+       values = std::move(values), noisy,
+       lies = fakes().options.lying_engines.contains(plan.engine)] {
+        evaluate(operations, pointers, values, noisy, lies);
+      },
       microseconds_of(plan.engine));
   return CudnnStatus::success;
 }

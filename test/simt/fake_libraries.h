@@ -34,6 +34,7 @@ struct FakeOptions {
   size_t cublas_lt_version = 130100;
   bool only_nondeterministic = false;
   std::set<int64_t> broken_engines{};  // whose plans fail when they are run
+  std::set<int64_t> lying_engines{};   // whose first result is twice what it should be
   int64_t uncompiled_engine = -1;      // whose plans fail when they are built
   double sums_microseconds = 4;        // of eng5: less than eng2's 5, and a kernel follows either
   double norm_microseconds = 40;       // of eng21; our own kernels take 1 each

@@ -877,6 +877,29 @@ TEST_CASE("CUDA: a batch-norm whose reader fails at its work keeps it") {
   }
 }
 
+TEST_CASE("CUDA: engines that compute something else are not taken, however fast they are") {
+  const Environment cache("XDG_CACHE_HOME", "/dev/null");
+  struct Case {
+    simt::FakeOptions options;
+    std::set<int64_t> lying;
+    std::vector<const char*> what;  // is taken of them if they do not lie
+  };
+  for (const Case& c :
+       {Case{{}, {5, 12}, {"a.conv1 with sums"}},
+        Case{kLibraryIsFast, {20, 21}, {"a.bn1 forward by cuDNN", "a.bn1 backward by cuDNN"}},
+        Case{kReadersAreFast, {31}, {"a.bn1 applied by its reader"}},
+        Case{kReadersAreFast, {32}, {"a.bn1 applied by its reader"}},
+        Case{kReadersAreFast, {33}, {"a.bn1 summed by its reader"}}}) {
+    for (const bool lie : {true, false}) {
+      Gpu gpu(1, size_t{1} << 30, false);
+      gpu.fakes.options = c.options;
+      if (lie) gpu.fakes.options.lying_engines = c.lying;
+      const std::string engines = engines_of(gpu, {Precision::fp16, false, 0, false});
+      for (const char* what : c.what) CHECK(contains(engines, std::string("; ") + what) == !lie);
+    }
+  }
+}
+
 TEST_CASE("CUDA: what one session has timed the next one takes, however it would time it") {
   const TemporaryFolder folder;
   const Environment cache("XDG_CACHE_HOME", folder.path().string());
