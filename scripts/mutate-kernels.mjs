@@ -304,13 +304,6 @@ const BUGS = [
     to: 'work.library_forward != nullptr',
   },
   {
-    bug: 'batch-norm by cuDNN: timed with no memory for its workspace',
-    unit: 'session',
-    file: 'cuda/network.cu',
-    from: 'need(Lane::main, work.library_backward);',
-    to: '',
-  },
-  {
     bug: 'max-pool: the last of equals instead of the first',
     unit: 'network',
     file: 'cuda/kernels/pooling.cuh',
