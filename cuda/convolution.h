@@ -1,6 +1,6 @@
 // Convolutions as graphs of cuDNN: activations NHWC, weights OHWI, operands and results in one 16-
-// or 32-bit type, sums in fp32. A graph has one operation, or two where a forward pass also sums
-// what a batch-norm after it wants.
+// or 32-bit type, sums in fp32. A graph has one operation, or more where the same kernel also does
+// what the batch-norms beside the convolution want.
 #pragma once
 
 #include <compare>

@@ -175,6 +175,11 @@ CudnnDescriptor& GraphBuilder::pointwise(cudnn::PointwiseMode mode) {
   CudnnDescriptor& how = part(cudnn::DescriptorType::pointwise);
   how.set(Attribute::pointwise_mode, AttributeType::pointwise_mode, mode);
   how.set(Attribute::pointwise_compute_type, AttributeType::data_type, cudnn::DataType::fp32);
+  // A broken activation must not turn into a zero.
+  if (mode == cudnn::PointwiseMode::relu_forward) {
+    how.set(Attribute::pointwise_nan_propagation, AttributeType::nan_propagation,
+            cudnn::NanPropagation::yes);
+  }
   how.finalise(what_);
   CudnnDescriptor& operation = part(cudnn::DescriptorType::operation_pointwise);
   operation.set(Attribute::operation_pointwise_mode, how);

@@ -39,6 +39,7 @@ enum class PointwiseMode : int {
   relu_forward = 100,
   relu_backward = 200,
 };
+enum class NanPropagation : int { no = 0, yes = 1 };
 enum class ConvolutionMode : int { convolution = 0, cross_correlation = 1 };
 enum class HeuristicMode : int { fallback = 2, a = 3 };
 enum class StatisticsMode : int { sum_and_squares = 0 };
@@ -83,6 +84,7 @@ enum class AttributeType : int {
   convolution_mode = 7,
   heuristic_mode = 8,
   knob_type = 9,
+  nan_propagation = 10,
   numerical_note = 11,
   pointwise_mode = 14,
   descriptor = 15,
@@ -95,6 +97,7 @@ enum class AttributeType : int {
 enum class Attribute : int {
   pointwise_mode = 0,
   pointwise_compute_type = 1,
+  pointwise_nan_propagation = 2,
   convolution_compute_type = 100,
   convolution_mode = 101,
   convolution_dilations = 102,

@@ -6,10 +6,11 @@
 // multiply. Feature maps and operands have the network's precision T; weights, momentum,
 // statistics, batch-norm's gradients and the vectors after the pooling are fp32.
 //
-// What is kept for the backward pass: each convolution's output and each batch-norm's but the one
-// before the max-pool, which makes that one as it reads; of the pool one byte an element. A
-// batch-norm's gradient overwrites the convolution output it read; where a residual joins, the
-// masked gradient stays in its buffer as the residual's own.
+// What is kept for the backward pass: each convolution's output and each batch-norm's but those
+// that their readers make as they read (the max-pool always, a convolution where that is faster);
+// of the pool one byte an element. A batch-norm's gradient overwrites the convolution output it
+// read, or takes the place of the map that was not written; where a residual joins, the masked
+// gradient stays in its buffer as the residual's own.
 #pragma once
 
 #include <cstdint>

@@ -241,7 +241,7 @@ class CudaSession : public TrainingSession {
     }
   }
 
-  // Settles plans and algorithms by running everything once over zeros; a capture takes them as
+  // Settles plans and algorithms by running everything once, on no batch; a capture takes them as
   // they are. initialise() cleans up after it.
   void prepare() {
     Resources& r = *resources_;

@@ -57,7 +57,7 @@ describe('native unit tests', () => {
   });
   for (const { name, command } of tests) {
     it(name, async function () {
-      this.timeout(300_000); // the longest compares whole networks with double references
+      this.timeout(600_000); // the longest compares whole networks with double references
       const end = ends.get(name);
       assert.ok(end !== undefined, `${command[0]} was not built`);
       const { code, output } = await end;

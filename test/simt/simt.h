@@ -29,6 +29,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <source_location>
 #include <span>
 #include <stdexcept>
@@ -191,8 +192,9 @@ class Block {
  public:
   static thread_local Block* current;
 
-  Block(dim3 grid, dim3 block, size_t shared_bytes)
-      : grid_(grid), block_(block), shared_(shared_bytes, "dynamic shared memory") {}
+  Block(dim3 grid, dim3 block, size_t shared_bytes) : grid_(grid), block_(block) {
+    if (shared_bytes > 0) shared_.emplace(shared_bytes, "dynamic shared memory");
+  }
 
   Lane& lane() { return *running_; }
   const dim3& grid() const { return grid_; }
@@ -200,7 +202,10 @@ class Block {
   uint3 block_index{};
 
   // Dynamic shared memory, 0xFF at block start.
-  void* dynamic_shared() { return shared_.data(); }
+  void* dynamic_shared() {
+    if (!shared_) fail("dynamic shared memory that the launch has not asked for");
+    return shared_->data();
+  }
 
   // A named static shared array: the same memory for every lane of the block.
   void* static_shared(const void* key, size_t bytes) {
@@ -244,7 +249,7 @@ class Block {
 
   // Makes every lane ready to run `kernel`, which must live until the block has ended.
   void start(const std::function<void()>& kernel, uint64_t order_seed) {
-    shared_.fill(static_cast<char>(0xFF));
+    if (shared_) shared_->fill(static_cast<char>(0xFF));
     statics_.clear();
     kernel_ = &kernel;
     ended_ = false;
@@ -295,10 +300,11 @@ class Block {
     for (const int i : order_)
       if (lanes_[static_cast<size_t>(i)]->wait == Wait::others) return moved;
     ended_ = all(n, Wait::exited);
-    if (ended_)
-      shared_.check();
-    else
+    if (!ended_) {
       release_block(n);
+    } else if (shared_) {
+      shared_->check();
+    }
     return true;
   }
   bool ended() const { return ended_; }
@@ -392,7 +398,7 @@ class Block {
     std::vector<char> memory;
   };
   dim3 grid_, block_;
-  Buffer<char> shared_;
+  std::optional<Buffer<char>> shared_;
   std::vector<Static> statics_;
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<int> order_;  // in which lanes run
