@@ -12,13 +12,13 @@ import { Trainer, type TrainerInput } from '../src/trainer.js';
 import { checkpointHashes, runTraining, smallConfig } from './helpers/small-training.js';
 
 const PEOPLE = 4;
-const EACH = 2;
+const EACH = 3;
 const BATCH = 2;
 const SIDE = 112; // pixels
 const IMAGE = SIDE * SIDE * 3;
 /** An odd number, so that an epoch leaves a sample over. */
 const COUNT = PEOPLE * EACH - 1;
-const STEPS = 3;
+const STEPS = 5;
 
 /** core/random.h anew, with BigInt. */
 const mask = (x: bigint): bigint => BigInt.asUintN(64, x);
@@ -156,16 +156,27 @@ describe('training from a source of one’s own', function () {
 
   it('goes on in mid-epoch to the same bits', async () => {
     const whole = config({ data: source() });
-    const first = source();
+    const controller = new AbortController();
+    const inner = source();
+    const first = {
+      ...inner,
+      // Three batches are under way at most, so the first step of the epoch is done and the last is not.
+      async *samples(epoch: number, from: number, signal: AbortSignal) {
+        let given = from;
+        for await (const chunk of inner.samples(epoch, from, signal)) {
+          given += chunk.labels.length;
+          if (epoch === 2 && given > (STEPS - 1) * BATCH) controller.abort();
+          yield chunk;
+        }
+      },
+    };
     const stopped = config({ data: first });
     assert.ifError((await runTraining(whole)).error);
-    const { events, error } = await runTraining(
-      stopped,
-      (event) => event.type === 'step' && event.step > STEPS,
-    );
+    const { events, error } = await runTraining(stopped, () => false, controller);
     assert.equal((error as { code?: string } | null)?.code, 'ERR_ABORTED');
     const last = events.at(-1);
     assert.ok(last?.type === 'checkpoint');
+    assert.ok(last.step > STEPS && last.step < 2 * STEPS, `stopped after step ${last.step}`);
     const again = source();
     const resumed = await runTraining({ ...stopped, data: again, resume: true });
     assert.ifError(resumed.error);
@@ -205,7 +216,7 @@ describe('training from a source of one’s own', function () {
         /gave the label 4 after sample 2 of epoch 1: number its classes from 0 to 3/,
       ],
       'a label below 0': [[one(-1)], /gave the label -1 after sample 0/],
-      'fewer samples than it said': [[one(0)], /ended after 1 of 7 samples in epoch 1/],
+      'fewer samples than it said': [[one(0)], /ended after 1 of 11 samples in epoch 1/],
       'what it throws': [
         (function* () {
           yield one(0);

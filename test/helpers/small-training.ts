@@ -30,13 +30,13 @@ export function smallConfig(data: string, out: string): ConfigInput {
   };
 }
 
-/** Runs to the end, or until `stopAt` says so of an event; returns what happened. */
+/** Runs to the end, until `stopAt` says so of an event, or until `controller` aborts; returns what happened. */
 export async function runTraining(
   config: TrainerInput,
   stopAt: (event: TrainerEvent) => boolean = () => false,
+  controller = new AbortController(),
 ): Promise<{ events: TrainerEvent[]; error: unknown }> {
   const trainer = await Trainer.create(config);
-  const controller = new AbortController();
   const events: TrainerEvent[] = [];
   let error: unknown = null;
   try {
