@@ -83,7 +83,7 @@ HARDMINE_HD WeightedLoss<T> weight_loss(T loss, const Weighting& weighting) {
   const T beta = T(weighting.beta), A = T(weighting.A), B = T(weighting.B);
   const T ratio = weighting_ratio(loss, weighting);
   const T closed = sigmoid(A * (B - beta * loss));  // 1 - g, without cancellation
-  return {loss * ratio, ratio * (T(1) + beta * A * loss * closed)};
+  return {loss * ratio, ratio * (T(1) + beta * A * (loss * closed))};
 }
 
 // The weighting over a whole batch; all spans have one element a row. Reduction::sample weighs each

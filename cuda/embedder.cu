@@ -200,7 +200,7 @@ class CudaEmbedder : public FoldingEmbedder {
   }
 
   ~CudaEmbedder() override {
-    const DeviceScope scope(device_);
+    const DeviceScope scope(device_, std::nothrow);
     network_.reset();
     stream_.reset();
   }

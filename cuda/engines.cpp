@@ -270,12 +270,17 @@ std::string Engines::cache_key(const std::string& what) const {
          (tf32_ ? "" : "no TF32; ") + what;
 }
 
+// A way has kernels of our own in it, and those of another version may be the slower ones.
+std::string Engines::way_key(const std::string& what) const {
+  return "hardmine " HARDMINE_VERSION "; " + cache_key(what);
+}
+
 std::string Engines::recall(const std::string& what) const {
-  return read_cache(cache_key(what));
+  return read_cache(way_key(what));
 }
 
 void Engines::remember(const std::string& what, const std::string& way) const {
-  write_cache(cache_key(what), way);
+  write_cache(way_key(what), way);
 }
 
 void Engines::take_fastest(const std::string& what, const std::vector<Way>& ways,

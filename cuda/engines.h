@@ -185,6 +185,7 @@ class Engines {
   Handle make_handle() const;
   void remember(const std::string& what, const std::string& way) const;
   std::string cache_key(const std::string& what) const;
+  std::string way_key(const std::string& what) const;
 
   Cudnn cudnn_;
   EngineChoice choice_;

@@ -86,6 +86,11 @@ DeviceScope::DeviceScope(int ordinal) {
   check(cudaSetDevice(ordinal), "cudaSetDevice(" + std::to_string(ordinal) + ")");
 }
 
+DeviceScope::DeviceScope(int ordinal, std::nothrow_t) noexcept {
+  static_cast<void>(cudaGetDevice(&before_));
+  static_cast<void>(cudaSetDevice(ordinal));
+}
+
 DeviceScope::~DeviceScope() {
   static_cast<void>(cudaSetDevice(before_));
 }

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <new>
 #include <span>
 #include <string>
 #include <utility>
@@ -46,6 +47,8 @@ class Owned {
 class DeviceScope {
  public:
   explicit DeviceScope(int ordinal);
+  // For destructors: where the device is lost nothing changes, and there is nothing to give back.
+  DeviceScope(int ordinal, std::nothrow_t) noexcept;
   ~DeviceScope();
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;

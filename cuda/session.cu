@@ -79,12 +79,7 @@ class CudaSession : public TrainingSession {
   }
 
   ~CudaSession() override {
-    std::optional<DeviceScope> scope;
-    try {
-      scope.emplace(execution_.device);
-    } catch (const Error&) {
-      // The device is lost, and with it what there is to give back.
-    }
+    const DeviceScope scope(execution_.device, std::nothrow);
     resources_.reset();
   }
 

@@ -41,7 +41,7 @@ const BUGS = [
     bug: "hard mining: beta lost from the gate's derivative",
     unit: 'loss maths',
     file: MATHS,
-    from: 'ratio * (T(1) + beta * A * loss * closed)',
+    from: 'ratio * (T(1) + beta * A * (loss * closed))',
     to: 'ratio * (T(1) + A * loss * closed)',
   },
   {

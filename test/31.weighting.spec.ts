@@ -70,6 +70,11 @@ describe('weightLosses', () => {
     }
   }
 
+  it('is open for a loss with which even its argument overflows', () => {
+    const { weighted, gradientWeight } = weightLosses([1e308], { kind: 'hard-mining' });
+    assert.deepEqual([...weighted, ...gradientWeight], [1.5e308, 1.5]);
+  });
+
   for (const gamma of [0, 0.1, 1, 2, 8, 1e6]) {
     it(`is the double formula of Knot Magnify with gamma ${gamma}`, () => {
       const weighting: Weighting = { kind: 'knot-magnify', gamma };

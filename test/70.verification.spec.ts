@@ -204,6 +204,8 @@ describe('verification', function () {
       [{ distances: [], same: [], fold: [] }, 'ERR_PROTOCOL', /The 0 pairs/],
       [{ distances: [0.1, Number.NaN, 0.2, 0.8] }, 'ERR_NON_FINITE', /pair 1 is NaN/],
       [{ distances: [0.1, 1, 0.2, Infinity] }, 'ERR_NON_FINITE', /pair 3 is Infinity/],
+      [{ distances: [0.1, 1, -0.2, 1] }, 'ERR_INPUT', /pair 2 is -0.2.*between 0 and 4/],
+      [{ distances: [0.1, 4.1, 0.2, 1] }, 'ERR_INPUT', /pair 1 is 4.1/],
       [{ fold: [0, 0, 0, 0] }, 'ERR_PROTOCOL', /one fold/],
       [{ fold: [0, 0, 2, 2] }, 'ERR_PROTOCOL', /Fold 1 of 3 holds no pair/],
       [{ fold: [0, 0, -1, 1] }, 'ERR_PROTOCOL', /fold of pair 2 is -1/],

@@ -402,6 +402,7 @@ describe('command line', function () {
     assert.equal(code, 0);
     assert.equal(stdout, `${at('loss.svg')}\n`);
     assert.match(await readFile(at('loss.svg'), 'utf8'), /<svg/);
+    assert.match(await complaint(1, 'plot-loss', '--out', at('loss.png')), /is SVG.*loss\.png/);
   });
 
   it('measures the head, the step and the input', async () => {

@@ -1,4 +1,6 @@
+import { extname } from 'node:path';
 import type { Command } from 'commander';
+import { HardmineError, quote } from '../errors.js';
 import { writeFileAtomic } from '../formats/atomic.js';
 import { loadAddon } from '../native.js';
 import { plotLoss } from '../report/plot-loss.js';
@@ -12,6 +14,9 @@ export function plotLossCommand(): Command {
   )
     .requiredOption('--out <file.svg>', 'picture')
     .action(async ({ out, json }: CommonOptions & { out: string }) => {
+      if (extname(out).toLowerCase() !== '.svg') {
+        throw new HardmineError('ERR_INPUT', `the picture is SVG: name it .svg, not ${quote(out)}`);
+      }
       const addon = loadAddon('cpu');
       await writeFileAtomic(out, [
         plotLoss((losses, weighting) => addon.weightLosses(losses, weighting)),

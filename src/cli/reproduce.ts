@@ -138,7 +138,7 @@ async function run(experiment: Experiment, { out, json }: Options): Promise<void
     }
   } finally {
     log.end();
-    await writeResult(experiment, runs, out);
+    if (runs.some(({ outcome }) => outcome !== null)) await writeResult(experiment, runs, out);
   }
   const result = summarise(experiment, runs);
   if (json) output.json(result);

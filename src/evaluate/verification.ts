@@ -77,9 +77,9 @@ export interface VerificationResult {
 
 /** Scores of pairs: give `distances` for insightface and facenet, `cosines` for sphereface and facex. */
 export interface LabelledDistances {
-  /** Squared L2 distance of each pair's unit embeddings, finite and at least 0. */
+  /** Squared L2 distance of each pair's unit embeddings, 0 to 4. */
   distances?: ArrayLike<number>;
-  /** Cosine similarity of each pair, finite. */
+  /** Cosine similarity of each pair, -1 to 1. */
   cosines?: ArrayLike<number>;
   /** 1 (or true) where the pair shows one person. */
   same: ArrayLike<number | boolean>;
@@ -100,6 +100,8 @@ export interface FoldedScores {
 
 // Fewer false accepts than this at a FAR target, and one pair more or less moves its TAR visibly.
 const FEW_FALSE_ACCEPTS = 10;
+// Of a product of 512 numbers in fp32, and of 2 - 2 cos with it.
+const ROUNDING = 1e-4;
 // Far beyond any protocol's ten; every fold looks at all pairs.
 const MAX_FOLDS = 1000;
 /** InsightFace's thresholds for VAL: numpy.arange(0, 4, 0.001). */
@@ -111,7 +113,8 @@ const VAL_TARGET = 1e-3;
  * others, so that no pair has a say in its own threshold. Scores are taken as they are: of sphereface
  * they must come from embeddings whose mean is off already.
  *
- * @throws HardmineError ERR_INPUT for the other kind of score than the protocol's, ERR_PROTOCOL for
+ * @throws HardmineError ERR_INPUT for the other kind of score than the protocol's or one out of its
+ *   range, ERR_PROTOCOL for
  *   lengths that differ, no genuine or no impostor pair (for facex outside any fold), fewer than two
  *   folds or an empty one; ERR_NON_FINITE for a score that is no finite number.
  */
@@ -126,6 +129,14 @@ export function verification(pairs: LabelledDistances): VerificationResult {
     );
   }
   const { values, labels } = checkLabelled(given, pairs.same, what);
+  const [least, most] = what === 'cosine' ? [-1, 1] : [0, 4];
+  const wrong = values.findIndex((v) => v < least - ROUNDING || v > most + ROUNDING);
+  if (wrong >= 0) {
+    throw new HardmineError(
+      'ERR_INPUT',
+      `The ${what} of pair ${wrong} is ${values[wrong]}; ${what === 'cosine' ? 'a cosine' : 'the squared distance of unit embeddings'} lies between ${least} and ${most}.`,
+    );
+  }
   if (pairs.fold.length !== values.length) {
     throw new HardmineError(
       'ERR_PROTOCOL',

@@ -708,6 +708,7 @@ TEST_CASE("CUDA: a run that ends in an error leaves the steps before it done") {
   check_same(all_tensors(*broken), all_tensors(*whole));
 
 #ifdef HARDMINE_SIMT  // needs a device that can be lost
+  const auto embedder = cuda::make_cuda_embedder(small(), 4, in(Precision::fp32), gpu.libraries);
   WatchedBatch losing([&](int given) {
     if (given < 2) return;
     gpu.device.lose(cudaErrorECCUncorrectable);
