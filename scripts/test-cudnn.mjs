@@ -24,6 +24,7 @@ try {
   const program = join(folder, 'cudnn_support');
   const compiled = run(process.env.CXX ?? 'g++', [
     ...['-std=c++20', '-O1', '-Wno-unknown-pragmas', '-isystem', 'test/simt/include'],
+    '-DHARDMINE_VERSION="of no cache"',
     ...['-I', '.', 'test/gpu/cudnn_support.cpp', 'core/network.cpp'],
     ...['cuda/convolution.cpp', 'cuda/engines.cpp', 'cuda/libraries.cpp', 'cuda/norm_graph.cpp'],
     ...['cuda/runtime.cpp'],
