@@ -125,7 +125,9 @@ function assemble(stage, node) {
     copyTree(stage, path);
   }
   copyNode(node, join(stage, 'bin', 'node'));
-  fs.copyFileSync(join(ROOT, 'test', 'gpu', 'run.mjs'), join(stage, 'run.mjs'));
+  for (const name of ['run.mjs', 'agree.mjs']) {
+    fs.copyFileSync(join(ROOT, 'test', 'gpu', name), join(stage, name));
+  }
 
   const natives = filesBelow(join(stage, 'node_modules'), /\.node$/);
   const binaries = [node, ...addons.map((path) => join(ROOT, path)), ...tests];

@@ -11,7 +11,7 @@ import { fileURLToPath } from 'node:url';
 import { skip } from './helpers/skip.js';
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
-const missing = ['bash', 'tar', 'xz', 'ldd', 'sha256sum', 'cksum'].filter(
+const missing = ['bash', 'tar', 'xz', 'ldd', 'sha256sum', 'cksum', 'timeout'].filter(
   (tool) => spawnSync(tool, ['--version']).error !== undefined,
 );
 
@@ -65,9 +65,10 @@ describe('gpu:kit', () => {
     }`;
 
   function makeTree(): { kit: (...args: string[]) => ReturnType<typeof start>; home: string } {
-    for (const path of ['scripts/gpu-kit.mjs', 'test/gpu/run.sh', 'test/gpu/run.mjs']) {
-      write(path, fs.readFileSync(join(ROOT, path)));
+    for (const name of ['run.sh', 'run.mjs', 'agree.mjs']) {
+      write(join('test/gpu', name), fs.readFileSync(join(ROOT, 'test/gpu', name)));
     }
+    write('scripts/gpu-kit.mjs', fs.readFileSync(join(ROOT, 'scripts/gpu-kit.mjs')));
     write('package.json', '{ "version": "9.8.7", "type": "module" }');
     write('dist/cli/main.js', PROGRAM);
     write('dist/cli/main.d.ts', 'export {};');
@@ -139,29 +140,96 @@ describe('gpu:kit', () => {
 
   it('ends a command that hangs, with all that it started, keeps the rest and tries no other like it', () => {
     const { kit, home } = makeTree();
-    const limits = /(async step[\s\S]*?seconds: )240/;
     const runner = fs.readFileSync(join(ROOT, 'test/gpu/run.mjs'), 'utf8');
-    const batches = 'onCpu ? [4]';
-    assert.match(runner, limits);
-    assert.ok(runner.includes(batches));
-    // 1 second, and a second batch
-    write('test/gpu/run.mjs', runner.replace(limits, '$11').replace(batches, 'onCpu ? [4, 8]'));
+    const slow = /(const bench =[\s\S]*?)slow: true/;
+    assert.match(runner, slow);
+    write('test/gpu/run.mjs', runner.replace(slow, '$1slow: false'));
     assert.equal(kit().status, 0);
-    const ran = start(join(home, 'run.sh'), ['--device', 'cpu', '--only', 'doctor,step'], {
-      CALLS: join(folder, 'calls'),
-    });
+    const options = ['--device', 'cpu', '--only', 'doctor,step', '--seconds', '7'];
+    const ran = start(join(home, 'run.sh'), options, { CALLS: join(folder, 'calls') });
     assert.equal(ran.status, 1, ran.stderr);
     const { runs } = JSON.parse(fs.readFileSync(join(home, 'result.json'), 'utf8')) as {
       runs: { part: string; ok: boolean; exit?: string; skipped?: string }[];
     };
     assert.deepEqual(
-      runs.map(({ part, ok, exit, skipped }) => [part, ok, exit ?? skipped]),
+      runs.map(({ part, ok, exit, skipped }) => [
+        part,
+        ok,
+        exit?.replace(/[67] s$/, 'N s') ?? skipped,
+      ]),
       [
         ['doctor', true, undefined],
-        ['step', false, 'over its limit of 1 s'],
-        ['step', true, 'fp32 batch 8: a command before it hung'],
+        ['step', false, 'over its limit of N s'],
+        ['step', true, 'fp32 batch 4: a command before it hung'],
       ],
     );
+  });
+
+  it('goes on after a test that takes the process along, and starts nothing without time', () => {
+    const { kit, home } = makeTree();
+    // As doctest: two tests; the second one of the first file ends the process.
+    const tests = write(
+      'build/test_gpu',
+      `#!/bin/sh
+      echo "$*" >> "$CALLS"
+      case "$*" in
+        *network_kernels*--first=1) echo '0.1 s: one'; kill -SEGV $$;;
+      esac
+      echo '0.1 s: another'
+      echo '[doctest] Status: SUCCESS!'
+      `,
+      0o755,
+    );
+    assert.ok(fs.existsSync(tests));
+    assert.equal(kit().status, 0);
+    const calls = join(folder, 'calls');
+    const out = join(folder, 'out');
+    fs.mkdirSync(out);
+    const env = { CALLS: calls, OUT: out };
+    const ran = start(join(home, 'run.sh'), ['--device', 'cuda', '--only', 'tests'], env);
+    assert.equal(ran.status, 1, ran.stderr);
+    const { runs } = JSON.parse(fs.readFileSync(join(out, 'result.json'), 'utf8')) as {
+      runs: { name: string; ok: boolean; text?: string }[];
+    };
+    assert.deepEqual(
+      runs.map(({ name, ok }) => [name, ok]),
+      [
+        ['test_gpu network_kernels', false],
+        ['test_gpu network_kernels from test 3', true],
+        ['test_gpu head', true],
+        ['test_gpu session', true],
+      ],
+    );
+    assert.match(runs[0]!.text!, /0\.1 s: one/);
+    const log = fs.readFileSync(join(out, 'tests-test_gpu-network_kernels.log'), 'utf8');
+    assert.equal(log, '0.1 s: one\n');
+    assert.match(fs.readFileSync(calls, 'utf8'), /network_kernels_test\* .*--first=3\n/);
+
+    const late = ['--device', 'cuda', '--only', 'tests', '--seconds', '2'];
+    assert.equal(start(join(home, 'run.sh'), late, env).status, 0);
+    assert.match(fs.readFileSync(join(out, 'result.json'), 'utf8'), /no time is left/);
+  });
+
+  it('brings back what sessions found by timing, and uses it on a fresh host', () => {
+    const { kit, home } = makeTree();
+    assert.equal(kit().status, 0);
+    const host = join(folder, 'host');
+    fs.cpSync(home, host, { recursive: true });
+    const run = () =>
+      start(join(host, 'run.sh'), ['--device', 'cpu', '--only', 'doctor'], {
+        CALLS: join(folder, 'calls'),
+      });
+    assert.equal(run().status, 0);
+    const ways = join(host, 'cache', 'hardmine', 'convolutions');
+    fs.mkdirSync(ways, { recursive: true });
+    fs.writeFileSync(join(ways, 'abc'), 'a convolution\nengine 3\n');
+    assert.equal(run().status, 0);
+    fs.rmSync(join(host, 'cache'), { recursive: true });
+    assert.equal(run().status, 0);
+    const { choices } = JSON.parse(fs.readFileSync(join(host, 'result.json'), 'utf8')) as {
+      choices: unknown;
+    };
+    assert.deepEqual(choices, [{ what: 'a convolution', way: 'engine 3' }]);
   });
 
   it('splits data into shards that join to the same bytes, and tells when one is absent', () => {

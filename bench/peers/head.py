@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from common import autocast_for, hard_mining_arcface, milliseconds, report
+from common import autocast_for, compiled, hard_mining_arcface, milliseconds, report, sgd
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("--shapes", default="64x512x10575,512x512x85742")
@@ -18,7 +18,9 @@ parser.add_argument("--compile", action="store_true", help="torch.compile the lo
 arguments = parser.parse_args()
 torch.set_num_threads(arguments.threads)
 autocast = autocast_for(arguments.device, arguments.precision)
-loss_of = torch.compile(hard_mining_arcface) if arguments.compile else hard_mining_arcface
+loss_of = hard_mining_arcface
+if arguments.compile:
+    loss_of = compiled(hard_mining_arcface, arguments.device)
 
 results = []
 for shape in arguments.shapes.split(","):
@@ -27,7 +29,7 @@ for shape in arguments.shapes.split(","):
     embeddings = torch.randn(batch, dim, device=arguments.device, requires_grad=True)
     weights = (torch.randn(classes, dim, device=arguments.device) * 0.01).requires_grad_()
     labels = torch.randint(classes, (batch,), device=arguments.device)
-    optimiser = torch.optim.SGD([weights], lr=0.01, momentum=0.9, weight_decay=5e-4)
+    optimiser = sgd([weights], arguments.device)
 
     def forward_backward():
         embeddings.grad = None

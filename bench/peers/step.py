@@ -8,7 +8,7 @@ import argparse
 
 import torch
 
-from common import autocast_for, hard_mining_arcface, milliseconds, report
+from common import autocast_for, compiled, hard_mining_arcface, milliseconds, report, sgd
 from resnet18 import ResNet18
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -30,10 +30,10 @@ autocast = autocast_for(device, arguments.precision)
 torch.manual_seed(0)
 network = ResNet18().to(device).to(memory_format=layout)
 embedding_bn = torch.nn.BatchNorm1d(512).to(device)
+embedding_bn.weight.requires_grad_(False)  # stays 1
 weights = torch.nn.Parameter(torch.randn(arguments.classes, 512, device=device) * 0.01)
 parameters = [*network.parameters(), embedding_bn.bias, weights]
-# foreach: one call for all tensors, where this PyTorch has it and it helps (GPUs).
-optimiser = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4)
+optimiser = sgd(parameters, device)
 scaler = torch.cuda.amp.GradScaler(enabled=arguments.precision == "fp16")
 images = torch.randint(0, 256, (arguments.batch, 3, 112, 112), dtype=torch.uint8, device=device)
 labels = torch.randint(arguments.classes, (arguments.batch,), device=device)
@@ -45,8 +45,7 @@ def loss_of(x):
 
 
 if arguments.compile:
-    # With CUDA graphs where there is a GPU: PyTorch's fastest for a small batch.
-    loss_of = torch.compile(loss_of, mode="reduce-overhead" if device == "cuda" else "default")
+    loss_of = compiled(loss_of, device)
 
 
 def step():

@@ -2,10 +2,11 @@
 # Runs hardmine's GPU tests and benchmarks on a host without Node or network, out of the kit that
 # `npm run gpu:kit` packed beside this file, and writes result.json into $OUT, or beside this file.
 #
-#   run.sh [--device cuda|cuda:N|cpu] [--only PART,PART...]
+#   run.sh [--device cuda|cuda:N|cpu] [--only PART,PART...] [--seconds N]
 #
-# Parts: doctor, tests, head, step, data, peers, sanitizer. --device cpu tries the kit out with small
-# shapes. Progress goes to stderr; the exit code is 0 when nothing failed.
+# Parts: doctor, tests, agree, step, head, data, peers, compiled, sanitizer. --device cpu tries the kit
+# out with small shapes; --seconds is what all of it may take. Progress goes to stderr; the exit code is
+# 0 when nothing failed.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 kit=$here/kit
@@ -14,6 +15,8 @@ say() { printf 'run.sh: %s\n' "$*" >&2; }
 # Unpacks the archive, once: what is unpacked is remembered by the archive's checksum.
 unpack() {
   local sum fresh=$kit.new
+  # A later call on the same host may have been carried without it.
+  [[ -f $kit/.unpacked && ! -f $here/kit.tar.xz ]] && return
   sum=$(cksum <"$here/kit.tar.xz")
   [[ -f $kit/.unpacked && $(<"$kit/.unpacked") == "$sum" ]] && return
   say 'unpacking'
