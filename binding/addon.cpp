@@ -19,11 +19,15 @@ Napi::Value set_error_class(const Napi::CallbackInfo& info) {
   return info.Env().Undefined();
 }
 
-Napi::Value devices(const Napi::CallbackInfo& info) {
-  const std::vector<DeviceInfo> found = make_backend()->devices();
-  const auto array = Napi::Array::New(info.Env(), found.size());
-  for (uint32_t i = 0; i < found.size(); ++i) array.Set(i, from_device(info.Env(), found[i]));
-  return array;
+Napi::Value device_count(const Napi::CallbackInfo& info) {
+  return Napi::Number::New(info.Env(), make_backend()->device_count());
+}
+
+Napi::Value device(const Napi::CallbackInfo& info) {
+  const auto backend = make_backend();
+  const auto most = static_cast<int64_t>(backend->device_count()) - 1;
+  const int64_t ordinal = to_integer(info[0], "ordinal", 0, most);
+  return from_device(info.Env(), backend->device(static_cast<int>(ordinal)));
 }
 
 Napi::Value describe_network(const Napi::CallbackInfo& info) {
@@ -57,7 +61,8 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
   const std::string backend = make_backend()->name();
   define_value(exports, "backend", Napi::String::New(env, backend));
   define_method<throwing<set_error_class>>(exports, "setErrorClass");
-  define_method<throwing<devices>>(exports, "devices");
+  define_method<throwing<device_count>>(exports, "deviceCount");
+  define_method<throwing<device>>(exports, "device");
   define_method<throwing<describe_network>>(exports, "describeNetwork");
   define_method<throwing<weight_user_losses>>(exports, "weightLosses");
   define_method<throwing<read_header>>(exports, "readJpegInfo");

@@ -185,7 +185,10 @@ class Backend {
  public:
   virtual ~Backend() = default;
   virtual const char* name() const = 0;  // "cpu" or "cuda"
-  virtual std::vector<DeviceInfo> devices() = 0;
+  // Throws codes::kUnavailable where nothing can be asked.
+  virtual int device_count() = 0;
+  // Of one, 0 to device_count() - 1: asking a GPU takes some of its memory.
+  virtual DeviceInfo device(int ordinal) = 0;
   virtual std::unique_ptr<HostAllocator> host_allocator(const Execution&) = 0;
   virtual std::unique_ptr<MarginHead> make_head(const HeadSpec&, const Execution&) = 0;
   virtual std::unique_ptr<TrainingSession> make_session(const SessionSpec&, const Execution&) = 0;

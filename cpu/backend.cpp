@@ -35,7 +35,9 @@ class CpuBackend : public Backend {
  public:
   const char* name() const override { return "cpu"; }
 
-  std::vector<DeviceInfo> devices() override {
+  int device_count() override { return 1; }
+
+  DeviceInfo device(int /*ordinal*/) override {
     const onednn::Bf16Support bf16 = onednn::bf16_support();
     DeviceInfo device;
     device.name = cpu_model();
@@ -49,7 +51,7 @@ class CpuBackend : public Backend {
                       {"loops", network_loops().isa},
                       {"oneDNN", onednn::version()},
                       {"oneDNN runtime", onednn::cpu_runtime()}};
-    return {device};
+    return device;
   }
 
   std::unique_ptr<HostAllocator> host_allocator(const Execution&) override {

@@ -20,18 +20,14 @@ std::string cuda_version(int version) {
 }
 
 DeviceInfo describe(int ordinal) {
-  const cuda::DeviceScope scope(ordinal);
   cudaDeviceProp properties{};
   cuda::check(cudaGetDeviceProperties(&properties, ordinal), "cudaGetDeviceProperties");
-  size_t free = 0, total = 0;
-  cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
   int driver = 0, runtime = 0;
   cuda::check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   cuda::check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
   DeviceInfo device;
   device.name = properties.name;
-  device.memory_bytes = static_cast<int64_t>(total);
-  device.free_bytes = static_cast<int64_t>(free);
+  device.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
   device.details = {{"compute capability",
                      std::to_string(properties.major) + "." + std::to_string(properties.minor)},
                     {"multiprocessors", std::to_string(properties.multiProcessorCount)},
@@ -39,8 +35,13 @@ DeviceInfo describe(int ordinal) {
                     {"CUDA runtime", cuda_version(runtime)}};
   for (auto& [library, version] : cuda::describe_libraries())
     device.details.emplace_back(library, version);
-  // Without the libraries nothing can be computed, in whatever type.
+  // Without the libraries, or where another process has the GPU to itself, nothing can be computed,
+  // in whatever type.
   try {
+    cuda::use_device(ordinal);
+    size_t free = 0, total = 0;
+    cuda::check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    device.free_bytes = static_cast<int64_t>(free);
     cuda::open_libraries();
     device.precisions = {Precision::fp16, Precision::bf16, Precision::fp32};
   } catch (const Error& error) {
@@ -53,15 +54,23 @@ class CudaBackend : public Backend {
  public:
   const char* name() const override { return "cuda"; }
 
-  std::vector<DeviceInfo> devices() override {
+  int device_count() override {
     int count = 0;
     const cudaError_t status = cudaGetDeviceCount(&count);
-    if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) return {};
+    if (status == cudaErrorNoDevice) return 0;
+    int driver = 0;
+    // 0: no driver at all.
+    if (status == cudaErrorInsufficientDriver && cudaDriverGetVersion(&driver) == cudaSuccess) {
+      if (driver == 0) return 0;
+      throw Error(codes::kUnavailable,
+                  "The NVIDIA driver runs CUDA " + cuda_version(driver) +
+                      ", but hardmine was built with CUDA " + cuda_version(CUDART_VERSION) +
+                      ": bring the driver up to date, or build hardmine with an older toolkit.");
+    }
     cuda::check(status, "cudaGetDeviceCount");
-    std::vector<DeviceInfo> devices;
-    for (int ordinal = 0; ordinal < count; ++ordinal) devices.push_back(describe(ordinal));
-    return devices;
+    return count;
   }
+  DeviceInfo device(int ordinal) override { return describe(ordinal); }
 
   std::unique_ptr<HostAllocator> host_allocator(const Execution& execution) override {
     return std::make_unique<cuda::PinnedAllocator>(execution.device);

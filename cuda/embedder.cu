@@ -193,26 +193,26 @@ class CudaEmbedder : public FoldingEmbedder {
   CudaEmbedder(const std::vector<Node>& nodes, int64_t batch, const Execution& execution,
                const Libraries& libraries)
       : FoldingEmbedder(nodes), device_(execution.device) {
-    const DeviceScope scope(device_);
+    use_device(device_);
     stream_.emplace();
     network_ = make_folded_network(nodes, batch, execution.precision, execution.deterministic,
                                    libraries, *stream_);
   }
 
   ~CudaEmbedder() override {
-    const DeviceScope scope(device_, std::nothrow);
+    use_device(device_, std::nothrow);
     network_.reset();
     stream_.reset();
   }
 
  private:
   void fold(const TensorReader& read) override {
-    const DeviceScope scope(device_);
+    use_device(device_);
     network_->fold(read);
   }
   void embed_folded(std::span<const uint8_t> images, bool mirror,
                     std::span<float> embeddings) override {
-    const DeviceScope scope(device_);
+    use_device(device_);
     network_->embed(images, mirror, embeddings);
   }
 

@@ -248,14 +248,14 @@ Engines::Engines(const Cudnn& library, std::string device_properties)
       choice_{.deterministic = true},
       device_properties_(std::move(device_properties)),
       tf32_(tf32_allowed()),
-      handle_(nullptr, library.destroy) {}
+      handle_(nullptr, {library.destroy}) {}
 
 Engines::~Engines() = default;
 
 Engines::Handle Engines::make_handle() const {
   cudnn::Handle handle = nullptr;
   check(cudnn_, cudnn_.create(&handle), "cudnnCreate");
-  return {handle, cudnn_.destroy};
+  return {handle, {cudnn_.destroy}};
 }
 
 void Engines::prepare(const Stream& stream) {
@@ -266,21 +266,17 @@ void Engines::prepare(const Stream& stream) {
 }
 
 std::string Engines::cache_key(const std::string& what) const {
-  return "cuDNN " + version_text(cudnn_.get_version()) + "; " + choice_.device + "; " +
-         (tf32_ ? "" : "no TF32; ") + what;
-}
-
-// A way has kernels of our own in it, and those of another version may be the slower ones.
-std::string Engines::way_key(const std::string& what) const {
-  return "hardmine " HARDMINE_VERSION "; " + cache_key(what);
+  // Ways have kernels of our own in them, which another version may have made faster.
+  return "hardmine " HARDMINE_VERSION "; cuDNN " + version_text(cudnn_.get_version()) + "; " +
+         choice_.device + "; " + (tf32_ ? "" : "no TF32; ") + what;
 }
 
 std::string Engines::recall(const std::string& what) const {
-  return read_cache(way_key(what));
+  return read_cache(cache_key(what));
 }
 
 void Engines::remember(const std::string& what, const std::string& way) const {
-  write_cache(way_key(what), way);
+  write_cache(cache_key(what), way);
 }
 
 void Engines::take_fastest(const std::string& what, const std::vector<Way>& ways,
@@ -313,15 +309,25 @@ void Engines::take_fastest(const std::string& what, const std::vector<Way>& ways
   remember(what, best->name);
 }
 
-EnginePlan* Engines::find_plan(const Graph& graph) {
+EnginePlan* Engines::make_plan(const Graph& graph) {
   if (const auto found = plans_.find(graph.what); found != plans_.end()) return found->second.get();
   std::unique_ptr<EnginePlan> plan(new EnginePlan(*this, graph));
   if (plan->candidates_.empty()) return nullptr;
   return plans_.emplace(graph.what, std::move(plan)).first->second.get();
 }
 
+EnginePlan* Engines::find_plan(const Graph& graph) {
+  try {
+    return make_plan(graph);
+  } catch (const Error& error) {
+    const std::string_view code = error.code();
+    if (code != codes::kBackend && code != codes::kUnavailable) throw;
+    return nullptr;
+  }
+}
+
 EnginePlan& Engines::plan(const Graph& graph) {
-  if (EnginePlan* found = find_plan(graph); found != nullptr) return *found;
+  if (EnginePlan* found = make_plan(graph); found != nullptr) return *found;
   throw Error(codes::kBackend, "cuDNN " + version_text(cudnn_.get_version()) + " has no " +
                                    (choice_.deterministic ? "deterministic " : "") + "engine for " +
                                    graph.what + " within " + mebibytes(choice_.workspace_limit) +

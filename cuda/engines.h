@@ -152,7 +152,7 @@ class Engines {
   // The plan of a graph, the same object each time; it lives as long as this. Throws
   // codes::kBackend where cuDNN has no engine for it.
   EnginePlan& plan(const Graph& graph);
-  // Null where it has none.
+  // Null where it has none, or refuses the graph: whoever asks has another way.
   EnginePlan* find_plan(const Graph& graph);
   // Gives back the plans that are not wanted.
   void keep(const std::function<bool(const EnginePlan&)>& wanted);
@@ -181,11 +181,12 @@ class Engines {
 
  private:
   friend class EnginePlan;
-  using Handle = std::unique_ptr<struct cudnn::Context, cudnn::Status (*)(cudnn::Handle)>;
+  using Handle =
+      std::unique_ptr<struct cudnn::Context, HandleDestroyer<cudnn::Handle, cudnn::Status>>;
   Handle make_handle() const;
   void remember(const std::string& what, const std::string& way) const;
   std::string cache_key(const std::string& what) const;
-  std::string way_key(const std::string& what) const;
+  EnginePlan* make_plan(const Graph& graph);  // null where cuDNN has none
 
   Cudnn cudnn_;
   EngineChoice choice_;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/head_checks.h"
+#include "cuda/device.h"
 #include "cuda/head_unfused_pipeline.h"
 
 namespace hardmine::cuda {
@@ -292,23 +293,18 @@ std::unique_ptr<CudaHead> make_head(const HeadSpec& spec, int64_t chunk_bytes) {
   return std::make_unique<UnfusedHead<T>>(spec);
 }
 
-int compute_major(int device) {
-  int major = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-        "cudaDeviceGetAttribute of the compute capability");
-  return major;
-}
-
 // ---- The seam's head ----
 
 class CudaMarginHead : public MarginHead {
  public:
   CudaMarginHead(const HeadSpec& spec, const Execution& execution, const CublasLt& library)
       : spec_(spec), device_(execution.device) {
-    const DeviceScope scope(device_);
+    use_device(device_);
+    host_settings_ = PinnedArray<StepParameters>(1);
+    host_record_ = PinnedArray<StepRecord>(1);
     head_ = make_device_head(spec, execution.precision);
     stream_.emplace();
-    const size_t workspace_bytes = product_workspace_bytes(compute_major(device_));
+    const size_t workspace_bytes = product_workspace_bytes(compute_major());
     void* workspace = nullptr;
     const auto layout = [&](Arena arena) {
       head_->layout_state(arena);
@@ -322,10 +318,10 @@ class CudaMarginHead : public MarginHead {
     stream_->synchronize();
   }
 
-  ~CudaMarginHead() override = default;
+  ~CudaMarginHead() override { use_device(device_, std::nothrow); }
 
   void set_weights(std::span<const float> weights, std::span<const float> bias) override {
-    const DeviceScope scope(device_);
+    use_device(device_);
     require_size("class weights", weights.size(), spec_.classes * spec_.dim);
     require_size("biases", bias.size(), biases());
     head_->write(HeadTensor::weights, weights, *stream_);
@@ -333,7 +329,7 @@ class CudaMarginHead : public MarginHead {
   }
 
   void read_weights(std::span<float> weights, std::span<float> bias) const override {
-    const DeviceScope scope(device_);
+    use_device(device_);
     require_size("class weights", weights.size(), spec_.classes * spec_.dim);
     require_size("biases", bias.size(), biases());
     head_->read(HeadTensor::weights, weights, *stream_);
@@ -341,12 +337,12 @@ class CudaMarginHead : public MarginHead {
   }
 
   void set_centers(std::span<const float> centers) override {
-    const DeviceScope scope(device_);
+    use_device(device_);
     head_->write(HeadTensor::centers, centers, *stream_);
   }
 
   void read_centers(std::span<float> centers) const override {
-    const DeviceScope scope(device_);
+    use_device(device_);
     head_->read(HeadTensor::centers, centers, *stream_);
   }
 
@@ -406,8 +402,8 @@ class CudaMarginHead : public MarginHead {
   Inputs inputs_{};
   PinnedArray<float> host_embeddings_;
   PinnedArray<int> host_labels_;
-  PinnedArray<StepParameters> host_settings_{1};
-  PinnedArray<StepRecord> host_record_{1};
+  PinnedArray<StepParameters> host_settings_;
+  PinnedArray<StepRecord> host_record_;
   bool step_was_run_ = false;                // with rows_ rows: then it can be captured
   std::optional<CapturedGraph> step_graph_;  // of rows_ rows
   size_t peak_extra_ = 0;
@@ -508,7 +504,7 @@ void CudaMarginHead::forward_backward(const HeadInput& input, HeadOutput& output
   require_room("gradients of the biases", output.grad_bias, biases());
   require_embeddings(input, spec_);
 
-  const DeviceScope scope(device_);
+  use_device(device_);
   make_room(rows);
   const bool of_weights = !output.grad_weights.empty() || !output.grad_bias.empty();
   const HeadPass wanted = of_weights ? pass_with_gradients() : pass();
@@ -534,7 +530,7 @@ StepStats CudaMarginHead::step(const HeadInput& input, const StepSettings& setti
   require_step_settings(spec_, settings);
   require_embeddings(input, spec_);
 
-  const DeviceScope scope(device_);
+  use_device(device_);
   make_room(rows);
   upload(input);
   host_settings_[0] = parameters_of(settings);
@@ -554,7 +550,7 @@ void CudaMarginHead::time(HeadWork work, const HeadInput& input, std::span<doubl
                           const std::atomic<bool>& cancelled) {
   require_head_input(input, spec_);
   require_embeddings(input, spec_);
-  const DeviceScope scope(device_);
+  use_device(device_);
   make_room(static_cast<int64_t>(input.labels.size()));
   upload(input);
   enqueue_inputs();
@@ -565,6 +561,7 @@ void CudaMarginHead::time(HeadWork work, const HeadInput& input, std::span<doubl
                "step settings");
     timed.settings = inputs_.settings;
   }
+  enqueue(pass());  // products of what a step multiplies: zeros would take less power
   const TimedWork runs(*stream_, [&] {
     if (work == HeadWork::products) {
       head_->enqueue_products(*products_, *stream_);

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "core/error.h"
+#include "cuda/check.h"
 
 namespace hardmine::cuda {
 namespace {
@@ -167,6 +168,7 @@ void check_version(const std::string& library, size_t version, size_t oldest) {
 
 void check(const Cudnn& library, cudnn::Status status, std::string_view what) {
   if (status == cudnn::Status::success) return;
+  check_not_lost(what);
   const char* code = codes::kBackend;
   if (status == cudnn::Status::device_allocation_failed) code = codes::kOutOfMemory;
   if (status == cudnn::Status::incompatible_driver ||
@@ -182,6 +184,7 @@ void check(const Cudnn& library, cudnn::Status status, std::string_view what) {
 
 void check(const CublasLt& library, cublas_lt::Status status, std::string_view what) {
   if (status == cublas_lt::Status::success) return;
+  check_not_lost(what);
   const char* code = status == cublas_lt::Status::allocation_failed ? codes::kOutOfMemory
                      : status == cublas_lt::Status::not_initialised ? codes::kUnavailable
                                                                     : codes::kBackend;

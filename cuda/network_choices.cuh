@@ -259,10 +259,15 @@ std::string NetworkOf<T>::describe_norm(const std::string& direction, size_t i) 
 template <typename T>
 template <typename N>
 std::vector<float> NetworkOf<T>::numbers_left(const N* values, int64_t count) const {
-  std::vector<N> some(static_cast<size_t>(std::min(count, int64_t{65536})));  // tell enough
-  read_device(values, some, stream_);
-  std::vector<float> numbers(some.size());
-  std::transform(some.begin(), some.end(), numbers.begin(), [](N x) { return to_float(x); });
+  // Some from all of it tell enough, to its very end.
+  constexpr int64_t kPieces = 16, kPiece = 4096;
+  const int64_t pieces = count <= kPieces * kPiece ? 1 : kPieces;
+  std::vector<N> some(static_cast<size_t>(pieces == 1 ? count : kPiece));
+  std::vector<float> numbers;
+  for (int64_t i = 0; i < pieces; ++i) {
+    read_device(values + (pieces == 1 ? 0 : i * (count - kPiece) / (pieces - 1)), some, stream_);
+    for (const N x : some) numbers.push_back(to_float(x));
+  }
   return numbers;
 }
 

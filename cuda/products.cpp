@@ -45,7 +45,7 @@ Products::Products(const CublasLt& library, cudaStream_t stream, void* workspace
       stream_(stream),
       workspace_(workspace),
       workspace_bytes_(workspace_bytes),
-      handle_(nullptr, library.destroy) {
+      handle_(nullptr, {library.destroy}) {
   cublas_lt::Handle handle = nullptr;
   check(library_, library_.create(&handle), "cublasLtCreate");
   handle_.reset(handle);

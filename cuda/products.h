@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "cuda/libraries.h"
+#include "cuda/runtime.h"
 
 namespace hardmine::cuda {
 
@@ -78,7 +79,8 @@ class Products {
   cudaStream_t stream_;
   void* workspace_;
   size_t workspace_bytes_;
-  Owned<cublas_lt::Handle> handle_;
+  std::unique_ptr<struct cublas_lt::Context, HandleDestroyer<cublas_lt::Handle, cublas_lt::Status>>
+      handle_;
   std::map<Key, Prepared> prepared_;
 };
 

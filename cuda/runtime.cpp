@@ -10,6 +10,9 @@ namespace {
 
 // How an error is told apart for whoever has to act on it.
 const char* code_of(cudaError_t status) {
+  // cudaErrorContained and cudaErrorTensorMemoryLeak, which CUDA 12.4 has no names for; see below.
+  if (const auto number = static_cast<int>(status); number == 226 || number == 721)
+    return codes::kDeviceLost;
   switch (status) {
     case cudaErrorMemoryAllocation:
       return codes::kOutOfMemory;
@@ -67,13 +70,18 @@ void check(cudaError_t status, std::string_view what) {
                         " (" + cudaGetErrorName(status) + ")." + advice(code));
 }
 
+void check_not_lost(std::string_view what) {
+  const cudaError_t status = cudaPeekAtLastError();
+  if (code_of(status) == std::string_view(codes::kDeviceLost)) check(status, what);
+}
+
 std::string mebibytes(size_t bytes) {
   char text[32];
   std::snprintf(text, sizeof text, "%.1f MiB", static_cast<double>(bytes) / (1 << 20));
   return text;
 }
 
-DeviceScope::DeviceScope(int ordinal) {
+void use_device(int ordinal) {
   int count = 0;
   check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
   if (ordinal < 0 || ordinal >= count) {
@@ -82,17 +90,11 @@ DeviceScope::DeviceScope(int ordinal) {
                     std::to_string(count) + (count == 1 ? " GPU" : " GPUs") +
                     " here; ordinals count from 0 among those of CUDA_VISIBLE_DEVICES.");
   }
-  check(cudaGetDevice(&before_), "cudaGetDevice");
   check(cudaSetDevice(ordinal), "cudaSetDevice(" + std::to_string(ordinal) + ")");
 }
 
-DeviceScope::DeviceScope(int ordinal, std::nothrow_t) noexcept {
-  static_cast<void>(cudaGetDevice(&before_));
+void use_device(int ordinal, std::nothrow_t) noexcept {
   static_cast<void>(cudaSetDevice(ordinal));
-}
-
-DeviceScope::~DeviceScope() {
-  static_cast<void>(cudaSetDevice(before_));
 }
 
 Stream::Stream(Priority priority) {
@@ -146,7 +148,13 @@ void SideStream::join(const Stream& to) const {
   to.wait(joined_);
 }
 
+std::unique_lock<std::mutex> no_capture_beside() {
+  static std::mutex one;
+  return std::unique_lock(one);
+}
+
 CapturedGraph::CapturedGraph(const Stream& stream, const std::function<void()>& work) {
+  std::unique_lock alone = no_capture_beside();
   // Of this thread only: others may allocate page-locked memory meanwhile.
   check(cudaStreamBeginCapture(stream.get(), cudaStreamCaptureModeThreadLocal),
         "cudaStreamBeginCapture");
@@ -158,6 +166,7 @@ CapturedGraph::CapturedGraph(const Stream& stream, const std::function<void()>& 
   }
   cudaGraph_t captured = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(stream.get(), &captured);
+  alone.unlock();
   const Owned<cudaGraph_t, cudaGraphDestroy> graph(captured);
   if (thrown) {
     static_cast<void>(cudaGetLastError());  // that the capture was invalidated is no news
@@ -211,11 +220,12 @@ void* allocate_pinned(size_t bytes) {
 }
 
 void* PinnedAllocator::allocate(size_t bytes) {
-  const DeviceScope scope(device_);  // page-locked memory belongs to a device's context
+  use_device(device_);  // page-locked memory belongs to a device's context
   return allocate_pinned(bytes);
 }
 
 void PinnedAllocator::release(void* memory) noexcept {
+  use_device(device_, std::nothrow);
   static_cast<void>(cudaFreeHost(memory));
 }
 

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <new>
 #include <span>
 #include <string>
@@ -43,19 +44,11 @@ class Owned {
   Handle handle_ = nullptr;
 };
 
-// Makes `ordinal` this thread's device, and the one before it again at the end.
-class DeviceScope {
- public:
-  explicit DeviceScope(int ordinal);
-  // For destructors: where the device is lost nothing changes, and there is nothing to give back.
-  DeviceScope(int ordinal, std::nothrow_t) noexcept;
-  ~DeviceScope();
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
- private:
-  int before_ = 0;
-};
+// Makes `ordinal` this thread's device. It stays that: to make the one before the thread's device
+// again would take memory there.
+void use_device(int ordinal);
+// For destructors: where the device is lost nothing changes, and there is nothing to give back.
+void use_device(int ordinal, std::nothrow_t) noexcept;
 
 class Event;
 
@@ -102,6 +95,20 @@ class SideStream {
  private:
   Stream stream_;
   Event forked_, joined_;
+};
+
+// Held by whoever captures, and by what waits for the whole device: that ends the captures of all
+// threads, cudaStreamCaptureModeThreadLocal or not.
+std::unique_lock<std::mutex> no_capture_beside();
+
+// Destroys a library's handle, which waits for the whole device (cudnnDestroy's documentation).
+template <typename Handle, typename Status>
+struct HandleDestroyer {
+  Status (*destroy)(Handle);
+  void operator()(Handle handle) const {
+    const std::unique_lock alone = no_capture_beside();
+    static_cast<void>(destroy(handle));  // there is nobody to tell
+  }
 };
 
 // Work that was enqueued once and is launched many times. Pointers, shapes, values given to kernels

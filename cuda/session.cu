@@ -51,7 +51,7 @@ class CudaSession : public TrainingSession {
       throw Error(codes::kConfig, "A batch of " + std::to_string(batch) +
                                       " was asked for; batch-norm needs 2 images or more.");
     }
-    const DeviceScope scope(execution.device);
+    use_device(execution.device);
     resources_.emplace();
     Resources& r = *resources_;
     r.network = make_training_network(nodes, batch, execution.precision, execution.deterministic,
@@ -79,7 +79,7 @@ class CudaSession : public TrainingSession {
   }
 
   ~CudaSession() override {
-    const DeviceScope scope(execution_.device, std::nothrow);
+    use_device(execution_.device, std::nothrow);
     resources_.reset();
   }
 
@@ -90,7 +90,7 @@ class CudaSession : public TrainingSession {
                                      std::to_string(stats.size()) + " steps, but " +
                                      std::to_string(settings.size()) + " were asked for.");
     }
-    const DeviceScope scope(execution_.device);
+    use_device(execution_.device);
     Resources& r = *resources_;
     r.folded_stale = true;
     size_t done = 0;
@@ -109,6 +109,7 @@ class CudaSession : public TrainingSession {
       }
     } catch (...) {
       try {
+        r.copies.synchronize();  // the source may now give away what it gave
         r.network->apply_pending();
       } catch (...) {
         // The first error is the one to tell, and often the reason for this one.
@@ -120,7 +121,7 @@ class CudaSession : public TrainingSession {
   }
 
   void embed(std::span<const uint8_t> images, bool mirror, std::span<float> embeddings) override {
-    const DeviceScope scope(execution_.device);
+    use_device(execution_.device);
     Resources& r = *resources_;
     if (r.folded == nullptr) {
       r.folded = make_folded_network(r.network->nodes(), batch_, execution_.precision,
@@ -139,7 +140,7 @@ class CudaSession : public TrainingSession {
   std::string engines() const override { return resources_->network->engines(); }
 
   void read(const std::string& name, std::span<float> values) const override {
-    const DeviceScope scope(execution_.device);
+    use_device(execution_.device);
     find_tensor(tensors_, name, values.size());
     if (const auto tensor = head_tensor(name)) {
       resources_->head->read(*tensor, values, resources_->stream);
@@ -149,7 +150,7 @@ class CudaSession : public TrainingSession {
   }
 
   void write(const std::string& name, std::span<const float> values) override {
-    const DeviceScope scope(execution_.device);
+    use_device(execution_.device);
     find_tensor(tensors_, name, values.size());
     if (const auto tensor = head_tensor(name)) {
       resources_->head->write(*tensor, values, resources_->stream);
@@ -162,6 +163,11 @@ class CudaSession : public TrainingSession {
  private:
   // What lives on the device, given back in the reverse of this order.
   struct Resources {
+    ~Resources() {
+      // Page-locked memory is not to be given back under a copy.
+      for (const Stream* each : {&copies, &stream})
+        static_cast<void>(cudaStreamSynchronize(each->get()));
+    }
     Stream stream{Priority::high};  // of the steps
     Stream copies;
     std::unique_ptr<TrainingNetwork> network;

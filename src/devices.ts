@@ -1,6 +1,9 @@
+import type { Backend } from './addon-file.js';
+import { HardmineError } from './errors.js';
 import {
   backends,
   type DeviceName,
+  devicesOf,
   loadAddon,
   type NativeDevice,
   type Precision,
@@ -30,12 +33,20 @@ export interface Device {
  */
 export function devices(): Device[] {
   return backends().flatMap((backend) =>
-    loadAddon(backend)
-      .devices()
-      .map((device: NativeDevice, ordinal) => ({
-        id: backend === 'cpu' ? 'cpu' : `cuda:${ordinal}`,
-        backend,
-        ...device,
-      })),
+    present(backend).map((device, ordinal) => ({
+      id: backend === 'cpu' ? 'cpu' : `cuda:${ordinal}`,
+      backend,
+      ...device,
+    })),
   );
+}
+
+/** None where the driver is older than the addon, which `hardmine doctor` tells. */
+function present(backend: Backend): NativeDevice[] {
+  try {
+    return devicesOf(loadAddon(backend));
+  } catch (error) {
+    if (error instanceof HardmineError && error.code === 'ERR_DEVICE_UNAVAILABLE') return [];
+    throw error;
+  }
 }

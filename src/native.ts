@@ -249,7 +249,8 @@ export interface NativeLock extends NativeHandle {
 
 export interface NativeAddon {
   readonly backend: Backend;
-  devices(): NativeDevice[];
+  deviceCount(): number;
+  device(ordinal: number): NativeDevice;
   describeNetwork(network: NativeNetwork): NativeNode[];
   weightLosses(
     losses: Float64Array,
@@ -295,6 +296,7 @@ export interface DeviceRequest {
 
 export interface ChosenDevice {
   addon: NativeAddon;
+  device: NativeDevice;
   execution: NativeExecution;
   /** One sentence for people: which device was taken and why. */
   why: string;
@@ -343,23 +345,27 @@ export function loadAddon(backend: Backend): NativeAddon {
 export function chooseDevice(request: DeviceRequest): ChosenDevice {
   const { backend, ordinal, why } = resolveDevice(request.device);
   const addon = loadAddon(backend);
-  const found = addon.devices();
-  const device = found[ordinal];
-  if (device === undefined) {
+  const count = addon.deviceCount();
+  if (ordinal >= count) {
     throw new HardmineError(
       'ERR_DEVICE_UNAVAILABLE',
       `Device ${request.device} was asked for but ` +
-        (found.length === 0
+        (count === 0
           ? `${noGpu()}: use --device cpu.`
-          : `${backend} has ${found.length} device(s): count from 0 to ${found.length - 1}.`),
+          : `${backend} has ${count} device(s): count from 0 to ${count - 1}.`),
     );
   }
+  const device = addon.device(ordinal);
   const {
     precision = device.precisions[0] ?? 'fp32',
     threads = 0,
     deterministic = false,
   } = request;
-  return { addon, execution: { device: ordinal, precision, threads, deterministic }, why };
+  return { addon, device, execution: { device: ordinal, precision, threads, deterministic }, why };
+}
+
+export function devicesOf(addon: NativeAddon): NativeDevice[] {
+  return Array.from({ length: addon.deviceCount() }, (_, ordinal) => addon.device(ordinal));
 }
 
 /** Why CUDA has no device, where its addon loads. */
@@ -399,8 +405,9 @@ function chooseAutomatically(): { backend: Backend; ordinal: number; why: string
     );
   }
   try {
-    const device = loadAddon('cuda').devices()[0];
-    if (device === undefined) return cpu(`The CPU, because ${noGpu()}.`);
+    const addon = loadAddon('cuda');
+    if (addon.deviceCount() === 0) return cpu(`The CPU, because ${noGpu()}.`);
+    const device = addon.device(0);
     if (device.precisions.length === 0)
       return cpu(`The CPU, because ${device.name} lacks libraries: ${device.details.missing}`);
     return { backend: 'cuda', ordinal: 0, why: `CUDA found ${device.name}.` };

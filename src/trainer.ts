@@ -284,13 +284,12 @@ export class Trainer {
       await checkEvaluation(asked);
       const found = asked.resume ? await resumeFrom(directory, asked) : null;
       const precision = asked.precision ?? found?.config.precision;
-      const { addon, execution } = chooseDevice({
+      const { addon, device, execution } = chooseDevice({
         device: asked.device,
         threads: asked.threads,
         deterministic: asked.deterministic,
         ...(precision && { precision }),
       });
-      const device = addon.devices()[execution.device]!;
       const config: Config = { ...asked, precision: execution.precision };
       const news: Parts['news'] = found?.warnings ?? [];
       if (directory.warning !== null) {
@@ -368,7 +367,7 @@ export class Trainer {
         disk,
         deviceMemory:
           addon.backend === 'cuda'
-            ? () => device.freeBytes - addon.devices()[execution.device]!.freeBytes
+            ? () => device.freeBytes - addon.device(execution.device).freeBytes
             : null,
         news,
       });

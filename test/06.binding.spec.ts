@@ -85,7 +85,7 @@ describe('the native addon', () => {
       const { execution, why } = chooseDevice({ device: 'cpu', threads: 1 });
       assert.deepEqual(execution, {
         device: 0,
-        precision: addon.devices()[0]?.precisions[0],
+        precision: addon.device(0).precisions[0],
         threads: 1,
         deterministic: false,
       });

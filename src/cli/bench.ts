@@ -138,8 +138,8 @@ function deviceFor({ device, precision, threads, deterministic = false }: Option
     deterministic,
     ...(precision && { precision }),
   });
-  const info = chosen.addon.devices()[chosen.execution.device]!;
-  return { ...chosen, name: info.name, threads: chosen.execution.threads || info.threads };
+  const { name, threads: cores } = chosen.device;
+  return { ...chosen, name, threads: chosen.execution.threads || cores };
 }
 
 const show = ({ median, min, max }: Spread): string =>

@@ -1,7 +1,7 @@
 import type { Command } from 'commander';
 import { type Backend, CUDA_ADDON_REMEDY, hasNvidiaDriver } from '../addon-file.js';
 import { HardmineError } from '../errors.js';
-import { backends, chooseDevice, loadAddon, type NativeDevice } from '../native.js';
+import { backends, chooseDevice, devicesOf, loadAddon, type NativeDevice } from '../native.js';
 import { type CommonOptions, makeCommand, output } from './command.js';
 
 interface BackendReport {
@@ -28,7 +28,7 @@ function examine(backend: Backend): BackendReport {
     return { backend, usable: false, devices: [], problem };
   }
   try {
-    const devices = loadAddon(backend).devices();
+    const devices = devicesOf(loadAddon(backend));
     // A GPU without its libraries computes in no type.
     const usable = devices.some((device) => device.precisions.length > 0);
     return { backend, usable, devices, problem: null };

@@ -360,7 +360,7 @@ async function runTestFile(test, file) {
   for (let start = 1; start <= 4; start += 1) {
     const args = [`--source-file=*${file}_test*`, '--duration=true', `--first=${first}`];
     const name = `${basename(test)} ${file}${start > 1 ? ` from test ${first}` : ''}`;
-    const entry = await run('tests', name, join(kit, test), args, { seconds: 150, slow: true });
+    const entry = await run('tests', name, join(kit, test), args, { seconds: 300, slow: true });
     if (entry === null || entry.text.includes('[doctest] Status')) return;
     const ended = entry.text.match(/^\d+\.\d+ s: /gm)?.length ?? 0;
     first += ended + 1; // past the one that did not end

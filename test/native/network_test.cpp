@@ -686,12 +686,12 @@ TEST_CASE("a session stops, and says what is wrong with its input") {
 TEST_CASE("the backend describes the CPU") {
   const auto backend = make_backend();
   CHECK(std::string(backend->name()) == "cpu");
-  const std::vector<DeviceInfo> devices = backend->devices();
-  REQUIRE(devices.size() == 1);
-  CHECK(devices[0].threads >= 1);
-  CHECK(devices[0].memory_bytes > devices[0].free_bytes);
-  CHECK(devices[0].precisions.back() == Precision::fp32);
-  CHECK((devices[0].precisions.size() == 2) == onednn::bf16_support().fast);
+  REQUIRE(backend->device_count() == 1);
+  const DeviceInfo device = backend->device(0);
+  CHECK(device.threads >= 1);
+  CHECK(device.memory_bytes > device.free_bytes);
+  CHECK(device.precisions.back() == Precision::fp32);
+  CHECK((device.precisions.size() == 2) == onednn::bf16_support().fast);
   const auto allocator = backend->host_allocator({});
   void* memory = allocator->allocate(1000);
   CHECK(reinterpret_cast<uintptr_t>(memory) % 64 == 0);

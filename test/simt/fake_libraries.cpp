@@ -623,6 +623,9 @@ CudnnStatus finalise(cudnn::Descriptor descriptor) {
                     "attribute " + number(rule.attribute) + " is missing");
   const std::string fault = fault_of(node);
   if (!fault.empty()) return refuse(CudnnStatus::bad_parameter, fault);
+  if (!fakes().options.knows_norms && (node.type == DescriptorType::operation_norm_forward ||
+                                       node.type == DescriptorType::operation_norm_backward))
+    return refuse(CudnnStatus::bad_parameter, "an operation that is not known");
   if (node.type == DescriptorType::engine_heuristic) {
     const std::vector<Operation> operations =
         operations_of(node.node(Attribute::heuristic_operation_graph));
@@ -966,7 +969,9 @@ CudnnStatus execute(cudnn::Handle handle, cudnn::Descriptor plan_, cudnn::Descri
     Device::current->check_address(workspace, workspace_bytes, "cuDNN, as a workspace,");
 
   ++fakes().executions;
-  if (fakes().options.broken_engines.contains(plan.engine))
+  if (fakes().options.fatal_engine == plan.engine) Device::current->lose(cudaErrorIllegalAddress);
+  if (fakes().options.fatal_engine == plan.engine ||
+      fakes().options.broken_engines.contains(plan.engine))
     return refuse(CudnnStatus::execution_failed, "an engine that is broken");
   const bool noisy = plan.engine == 2;
   enqueue_in_two(
@@ -986,7 +991,12 @@ CudnnStatus cudnn_create(cudnn::Handle* handle) {
   ++fakes().objects;
   return CudnnStatus::success;
 }
+// Waits for the device as cudnnDestroy does, which a capture anywhere forbids.
+void wait_for_device() {
+  if (Device::current != nullptr) static_cast<void>(cudaDeviceSynchronize());
+}
 CudnnStatus cudnn_destroy(cudnn::Handle handle) {
+  wait_for_device();
   delete reinterpret_cast<CudnnHandle*>(handle);
   if (FakeLibraries::current != nullptr) --FakeLibraries::current->objects;
   return CudnnStatus::success;
@@ -1058,6 +1068,10 @@ const char* lt_status_string(LtStatus status) {
   }
 }
 struct LtHandle {};
+LtStatus lt_destroy(cublas_lt::Handle handle) {
+  wait_for_device();
+  return destroy<LtHandle>(handle);
+}
 LtStatus lt_create(cublas_lt::Handle* handle) {
   make(handle, LtHandle{});
   return LtStatus::success;
@@ -1251,7 +1265,7 @@ void* FakeLibraries::symbol(const char* name) {
       {"cublasLtGetVersion", address(&lt_version)},
       {"cublasLtGetStatusString", address(&lt_status_string)},
       {"cublasLtCreate", address(&lt_create)},
-      {"cublasLtDestroy", address(&destroy<LtHandle, cublas_lt::Handle>)},
+      {"cublasLtDestroy", address(&lt_destroy)},
       {"cublasLtMatmulDescCreate", address(&matmul_create)},
       {"cublasLtMatmulDescDestroy", address(&destroy<LtMatmul, cublas_lt::MatmulDescriptor>)},
       {"cublasLtMatmulDescSetAttribute", address(&matmul_set)},

@@ -36,6 +36,8 @@ struct FakeOptions {
   std::set<int64_t> broken_engines{};  // whose plans fail when they are run
   std::set<int64_t> lying_engines{};   // whose first result is twice what it should be
   int64_t uncompiled_engine = -1;      // whose plans fail when they are built
+  int64_t fatal_engine = -1;           // whose plans lose the device when they are run
+  bool knows_norms = true;             // or else calls their operations bad parameters
   double sums_microseconds = 4;        // of eng5: less than eng2's 5, and a kernel follows either
   double norm_microseconds = 40;       // of eng21; our own kernels take 1 each
   double norm_reader_microseconds = 100;  // of eng31, eng32 and eng33

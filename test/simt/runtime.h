@@ -290,8 +290,9 @@ class Device {
       return current->sticky_;
     }
   }
+  cudaError_t last_error() const { return sticky_ != cudaSuccess ? sticky_ : last_error_; }
   cudaError_t take_last_error() {
-    const cudaError_t error = sticky_ != cudaSuccess ? sticky_ : last_error_;
+    const cudaError_t error = last_error();
     last_error_ = cudaSuccess;
     return error;
   }
@@ -324,8 +325,10 @@ class Device {
     if (const cudaError_t status = refuse_in_capture(); status != cudaSuccess) return status;
     const auto found = memory_.find(reinterpret_cast<uintptr_t>(address));
     if (found == memory_.end() || found->second.device != device) return cudaErrorInvalidValue;
-    run_until([] { return false; }, true);  // both frees wait for the device
-    if (device) used_ -= found->second.bytes;
+    if (device) {
+      run_until([] { return false; }, true);  // cudaFree waits for the device; cudaFreeHost may not
+      used_ -= found->second.bytes;
+    }
     munmap(found->second.map, found->second.mapped);
     memory_.erase(found);
     return cudaSuccess;
@@ -819,6 +822,10 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 }
 inline cudaError_t cudaGetLastError() {
   return simt::Device::current == nullptr ? cudaSuccess : simt::Device::current->take_last_error();
+}
+
+inline cudaError_t cudaPeekAtLastError() {
+  return simt::Device::current == nullptr ? cudaSuccess : simt::Device::current->last_error();
 }
 
 inline cudaError_t cudaGetDeviceCount(int* count) {

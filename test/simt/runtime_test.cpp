@@ -2,6 +2,8 @@
 // fakes of cuDNN and cuBLASLt; and the emulated device itself, where a bug would hide others.
 #include <doctest/doctest.h>
 
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -11,6 +13,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -19,6 +22,7 @@
 #include "cuda/kernels/cooperative.cuh"
 #include "cuda/kernels/device.cuh"
 #include "cuda/libraries.h"
+#include "cuda/norm_graph.h"
 #include "cuda/products.h"
 #include "cuda/runtime.h"
 #include "test/native/environment.h"
@@ -344,10 +348,10 @@ TEST_CASE("memory that is short is told in numbers, and less of it fits") {
 }
 
 TEST_CASE("errors carry the code that tells what to do") {
-  CHECK(contains(error_of([] { const cuda::DeviceScope scope(0); }), codes::kUnavailable));
+  CHECK(contains(error_of([] { cuda::use_device(0); }), codes::kUnavailable));
   simt::Device device;
-  CHECK(error_of([] { const cuda::DeviceScope scope(0); }).empty());
-  const std::string ordinal = error_of([] { const cuda::DeviceScope scope(3); });
+  CHECK(error_of([] { cuda::use_device(0); }).empty());
+  const std::string ordinal = error_of([] { cuda::use_device(3); });
   CHECK(contains(ordinal, codes::kUnavailable));
   CHECK(contains(ordinal, "cuda:3"));
   const auto code = [](cudaError_t status) {
@@ -912,6 +916,43 @@ TEST_CASE("an engine that fails when it is built or run leaves the work to anoth
     const std::vector<float> y = t.y.values();
     for (size_t i = 0; i < y.size(); ++i) CHECK(y[i] == doctest::Approx(wanted[i]).epsilon(1e-5));
   }
+}
+
+TEST_CASE("an engine that loses the device leaves nothing to another") {
+  ConvolutionBench bench({.fatal_engine = 2});
+  ConvolutionTensors<float> t(kShape);
+  cuda::EnginePlan& plan = bench.engines->plan(convolution_graph(kShape, ConvolutionPass::forward));
+  CHECK(contains(error_of([&] { plan.choose(t.pointers(), bench.stream); }), codes::kDeviceLost));
+}
+
+TEST_CASE(
+    "a graph that cuDNN calls wrong is one that it does not have, where there is another way") {
+  ConvolutionBench bench({.knows_norms = false});
+  const cuda::NormShape shape{2, 8, 4};
+  CHECK(bench.engines->find_plan(cuda::norm_forward_graph(shape, false, true)) == nullptr);
+  CHECK(
+      contains(error_of([&] { bench.engines->plan(cuda::norm_forward_graph(shape, false, true)); }),
+               "an operation that is not known"));
+}
+
+TEST_CASE("handles are destroyed between the captures of other threads") {
+  ConvolutionBench bench;
+  std::optional<cuda::Engines> engines(std::in_place, bench.fakes.libraries().cudnn,
+                                       cuda::EngineChoice{});
+  std::thread other;
+  std::atomic<bool> started{false};
+  const cuda::CapturedGraph graph(bench.stream, [&] {
+    other = std::thread([&] {
+      started = true;
+      engines.reset();
+    });
+    // Long enough for it to be destroyed here, if it could.
+    while (!started) std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  });
+  other.join();
+  graph.launch(bench.stream);
+  bench.stream.synchronize();
 }
 
 TEST_CASE("without TF32, fp32 is left to engines that do not round it") {

@@ -112,6 +112,7 @@ class FixedBatch : public BatchSource {
             static_cast<int64_t>(labels.size()), sources.empty() ? nullptr : sources.data()};
   }
   std::span<const uint8_t> images() const { return images_.span(); }
+  void overwrite() { std::fill_n(images_.data(), images_.span().size(), uint8_t{0}); }
   std::vector<int32_t> labels;
   std::vector<int64_t> sources;
   int given = 0;
@@ -208,7 +209,7 @@ class NormOnDevice {
   float *gamma = nullptr, *beta = nullptr, *dgamma = nullptr, *dbeta = nullptr;
   float *mean = nullptr, *inverse = nullptr;
   char* workspace = nullptr;
-  static constexpr size_t kWorkspace = size_t{1} << 20;
+  static constexpr size_t kWorkspace = size_t{16} << 20;
 
  private:
   void layout(cuda::Arena arena) {
@@ -292,7 +293,7 @@ void check_norm_graphs(const cuda::Libraries& libraries, cuda::NormShape s, bool
     if (relu) y[i] = std::max(y[i], 0.0);
   }
   CHECK(worst_error(on.read(on.y, count), y) < rounding);
-  constexpr double kSums = 2e-6;  // of fp32
+  const double kSums = count > 1'000'000 ? 2e-5 : 2e-6;  // of fp32
   CHECK(worst_error(on.read(on.mean, channels), mean) < kSums);
   CHECK(worst_error(on.read(on.inverse, channels), inverse) < kSums);
   if (residual || !relu) return;
@@ -330,13 +331,20 @@ const std::atomic<bool> kGoOn{false};
 TEST_CASE_TEMPLATE("CUDA: cuDNN's batch-norms equal the definition, both ways", T, float, __half,
                    __nv_bfloat16) {
   Gpu gpu;
-  const cuda::DeviceScope scope(0);
+  cuda::use_device(0);
   // Twice half a unit in the last place, for what lies between.
   const double rounding = std::is_same_v<T, float>    ? 4e-6
                           : std::is_same_v<T, __half> ? 0x1p-10
                                                       : 0x1p-7;
-  for (const cuda::NormShape& shape :
-       {cuda::NormShape{2, 8, 7}, {3, 40, 5}, {1, 64, 4}, {37, 16, 3}}) {
+  for (const cuda::NormShape& shape : {
+           cuda::NormShape{2, 8, 7},
+           {3, 40, 5},
+           {1, 64, 4},
+           {37, 16, 3},
+#ifndef HARDMINE_SIMT
+           {256, 64, 28}  // more than multiprocessors keep, where an engine works in place
+#endif
+       }) {
     for (const bool residual : {false, true})
       for (const bool relu : {false, true})
         check_norm_graphs<T>(gpu.libraries, shape, residual, relu, rounding);
@@ -358,7 +366,7 @@ TEST_CASE("CUDA: embeddings, gradients, statistics and SGD equal the double refe
 #else  // by what is timed
     Gpu gpu(4);
 #endif
-    const cuda::DeviceScope scope(0);
+    cuda::use_device(0);
     const cuda::Stream stream;
     const int64_t batch = 5;
     const std::vector<Node> nodes = small();
@@ -699,6 +707,7 @@ TEST_CASE("CUDA: a run that ends in an error leaves the steps before it done") {
     if (given == 3) throw std::runtime_error("no more images");
   });
   CHECK_THROWS_WITH(broken->train(ending, settings, stats, kGoOn), "no more images");
+  ending.overwrite();  // whoever gave the images has them back
   check_same(all_tensors(*broken), all_tensors(*whole));
 
   std::atomic<bool> cancelled{false};
