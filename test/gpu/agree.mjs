@@ -3,6 +3,7 @@
 //
 //   agree.mjs DEVICE losses         ten losses of a training in fp32 on DEVICE and on the CPU
 //   agree.mjs DEVICE repeats        100 deterministic steps, three times, to the same bits
+//   agree.mjs DEVICE together       two trainings at once, whose kernels wait for all of their own blocks
 //   agree.mjs DEVICE head SHAPE...  the heads of a benchmark's shapes (batch x dim x classes)
 
 import { createHash } from 'node:crypto';
@@ -72,6 +73,14 @@ async function compareRepeats() {
     sums.push(createHash('sha256').update(fs.readFileSync(model)).digest('hex'));
   }
   return [{ ok: new Set(sums).size === 1, steps: steps * epochs, sums }];
+}
+
+async function trainTogether() {
+  const [batch, steps] = onCpu ? [8, 2] : [64, 16];
+  const config = { device, batch, epochs: 2, deterministic: false, lr: 1e-3 };
+  await train({ ...config, epochs: 1 }, steps * batch); // what is timed is timed alone
+  const both = await Promise.all([1, 2].map((seed) => train({ ...config, seed }, steps * batch)));
+  return both.map(({ losses }) => ({ ok: losses.every(Number.isFinite), losses }));
 }
 
 // --- the head ---
@@ -172,6 +181,7 @@ try {
   const results = [];
   if (what === 'losses') results.push(...(await compareLosses()));
   if (what === 'repeats') results.push(...(await compareRepeats()));
+  if (what === 'together') results.push(...(await trainTogether()));
   for (const shape of shapes) results.push(...(await compareHead(shape)));
   console.log(JSON.stringify({ device, what, results }, null, 2));
   if (results.length === 0 || results.some(({ ok }) => !ok)) process.exitCode = 1;

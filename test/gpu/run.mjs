@@ -386,10 +386,12 @@ const parts = {
     const options = { seconds: 240, json: true, slow: true };
     // What is compared with the CPU multiplies plain fp32.
     const env = { ...kitEnv, NVIDIA_TF32_OVERRIDE: '0' };
+    const node = join(kit, 'bin', 'node');
     for (const what of ['losses', 'repeats', 'head']) {
       const args = [...program, what, ...(what === 'head' ? shapes : [])];
-      await run('agree', what, join(kit, 'bin', 'node'), args, { ...options, env });
+      await run('agree', what, node, args, { ...options, env });
     }
+    await run('agree', 'together', node, [...program, 'together'], { ...options, seconds: 90 });
   },
 
   async step() {

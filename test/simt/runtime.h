@@ -6,7 +6,8 @@
 //   - Streams are lazy. Nothing runs until a synchronisation asks for it, and no more than it
 //   needs.
 //     Streams that do not wait for each other run in a seeded random order, so a missing wait
-//     shows.
+//     shows. Of a graph whatever may run does so at random, or as early, or as late, as it may:
+//     what is short of work elsewhere would seldom be late by chance.
 //   - Asynchronous copies read page-locked memory when they run, not when they are enqueued; with
 //     pageable memory they are synchronous, and an error in a capture.
 //   - cudaMemcpy and cudaMemset do not wait for non-blocking streams.
@@ -167,6 +168,7 @@ struct Operation {
   std::shared_ptr<Point> point;             // record, wait
   std::shared_ptr<const GraphNodes> graph;  // graph
   std::vector<uint8_t> done;                // of the graph's nodes
+  enum class Order : uint8_t { random, first_captured, last_captured } order = Order::random;
 };
 
 struct Memory {
@@ -558,6 +560,7 @@ class Device {
     if (stream->capture != nullptr) return refuse(*stream->capture);
     Operation operation;
     operation.kind = Operation::Kind::graph;
+    operation.order = static_cast<Operation::Order>(draw() % 3);
     operation.graph = executable->nodes;
     operation.done.resize(executable->nodes->size());
     stream->queue.push_back(std::move(operation));
@@ -701,7 +704,9 @@ class Device {
             ready.push_back(node);
         }
         if (!ready.empty()) {
-          const size_t node = ready[draw() % ready.size()];
+          const size_t node = head.order == Operation::Order::random ? ready[draw() % ready.size()]
+                              : head.order == Operation::Order::first_captured ? ready.front()
+                                                                               : ready.back();
           execute((*head.graph)[node].work);
           head.done[node] = 1;
           if (std::count(head.done.begin(), head.done.end(), uint8_t{0}) > 0) return;
