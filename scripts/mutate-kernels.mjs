@@ -429,13 +429,6 @@ const BUGS = [
     to: '',
   },
   {
-    bug: 'pending update: gradients checked before those of the shortcut are there',
-    unit: 'session',
-    file: 'cuda/network_passes.cuh',
-    from: '  fork(Lane::shortcut, Lane::weights);\n',
-    to: '',
-  },
-  {
     bug: 'a batch given back while it is copied',
     unit: 'steps',
     file: 'cuda/session.cu',
