@@ -12,7 +12,8 @@ struct LostDevice : doctest::IReporter {
   explicit LostDevice(const doctest::ContextOptions& /*options*/) {}
   void test_case_end(const doctest::CurrentTestCaseStats& /*stats*/) override {
     const cudaError_t error = cudaDeviceSynchronize();
-    if (error == cudaSuccess || error == cudaErrorNoDevice) return;
+    if (error == cudaSuccess || error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver)
+      return;  // the last: without any driver too
     std::cout << "the device is lost: " << cudaGetErrorString(error) << std::endl;
     std::_Exit(3);
   }

@@ -476,7 +476,8 @@ function summary() {
         median('imagesPerSecond', 'images/s'),
       ];
       const who = row.peer ?? (row.implementation ? `hardmine ${row.implementation}` : 'hardmine');
-      lines.push(`${who} | ${name} | ${figures.filter(Boolean).join(', ')}`);
+      const shown = figures.filter(Boolean).join(', ');
+      if (shown !== '') lines.push(`${who} | ${name} | ${shown}`);
     }
   }
   return lines;
