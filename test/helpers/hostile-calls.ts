@@ -168,7 +168,8 @@ export async function callWithAnything(
   calls: number,
 ): Promise<Record<string, number>> {
   const targets: Target[] = [
-    { handle: addon, name: 'devices', args: [] },
+    { handle: addon, name: 'deviceCount', args: [] },
+    { handle: addon, name: 'device', args: [0] },
     { handle: addon, name: 'describeNetwork', args: [NETWORK] },
     { handle: addon, name: 'weightLosses', args: [new Float64Array([0.5, 1]), LOSS.weighting] },
     { handle: addon, name: 'readJpegInfo', args: [new Uint8Array(64)] },
